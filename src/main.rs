@@ -1,1 +1,8 @@
-fn main() {}
+//! `tunesmith`: one binary that turns a person's notes into their own assistant model.
+
+mod corpus;
+mod stages;
+
+fn main() {
+    let _ = stages::STAGES;
+}

@@ -1,0 +1,170 @@
+//! The data contract: documents, chunks and examples, and the JSON Lines tables they travel in.
+//! An artifact is a folder; a table in it is one JSON object a line, keys in the order of the structs here,
+//! so any tool reads it. Knows no stage, no tensor and no network.
+//!
+//! Provenance never breaks: [`Example::provenance`] names chunks, a [`Chunk`] names its document, and a
+//! [`Document`] names the file and the page or heading it came from.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// One piece of a note: a Markdown or text file, or one page of a PDF. Table `documents.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Document {
+    /// `<path>` or `<path>#page=3`; unique in its table.
+    pub id: String,
+    /// Where it came from.
+    pub source: Source,
+    /// Title from the front matter, the first heading, or the file's stem.
+    pub title: String,
+    /// Clean text, paragraphs separated by blank lines, Markdown headings kept as `# ...` lines.
+    pub text: String,
+    /// Front matter and what the reader found out (`language`, `date`, `tags`, ...).
+    pub meta: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The file, and the place in it, a document came from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// Path relative to the manifest.
+    pub path: String,
+    /// 1-based page of a PDF.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub page: Option<u32>,
+    /// BLAKE3 of the file, hex.
+    pub digest: String,
+}
+
+/// A passage of a document that fits a token budget. Table `chunks.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// `<document id>@<start byte>`; unique in its table.
+    pub id: String,
+    /// Id of the document.
+    pub document: String,
+    /// Copied from the document, so that one table is enough to show where a passage stands.
+    pub source: Source,
+    /// Headings above the passage, outermost first.
+    pub headings: Vec<String>,
+    /// Byte range in the document's text.
+    pub span: [usize; 2],
+    /// The passage: exactly `document.text[span]`.
+    pub text: String,
+    /// Its length in tokens.
+    pub tokens: usize,
+}
+
+/// One training example. Table `examples.jsonl`; a split folder holds `train.jsonl`, `validation.jsonl`, `test.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Example {
+    /// Unique in its table; derived from content and origin, so that it is stable across runs.
+    pub id: String,
+    /// The conversation; the last message is the assistant's.
+    pub messages: Vec<Message>,
+    /// Ties paraphrases of one fact, or rows of one source, together: a split never separates a group.
+    pub group: String,
+    /// Free labels (`category:email-summary`).
+    pub tags: Vec<String>,
+    /// What a right answer must hold: for each entry, at least one of its alternatives. Empty where unknown.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub key_facts: Vec<Vec<String>>,
+    /// Where it came from.
+    pub provenance: Provenance,
+}
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+/// How an example came to be.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Ids of the chunks it was made from.
+    pub chunks: Vec<String>,
+    /// The file and page behind the chunks (or the file and row it was loaded from), for people.
+    pub places: Vec<String>,
+    /// What made it: `replay:answers.jsonl`, `openai:gpt-x`, `load:alpaca`.
+    pub generator: String,
+    /// BLAKE3 of the prompt that was answered, hex; empty for loaded rows.
+    pub prompt: String,
+    /// The passage the answer must be grounded in, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<String>,
+}
+
+impl Example {
+    /// The last user message.
+    pub fn question(&self) -> &str {
+        self.messages.iter().rev().find(|message| message.role == "user").map_or("", |message| &message.content)
+    }
+
+    /// The last assistant message.
+    pub fn answer(&self) -> &str {
+        self.messages.iter().rev().find(|message| message.role == "assistant").map_or("", |message| &message.content)
+    }
+}
+
+/// Why a table could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The file could not be read or written.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// A line is not the object the table holds.
+    #[error("`{path}` line {line}: {source}")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// 1-based.
+        line: usize,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+}
+
+impl From<TableError> for tunesmith_pipeline::stage::StageError {
+    fn from(error: TableError) -> Self {
+        match error {
+            TableError::Io(error) => error.into(),
+            TableError::Row { path, line, source } => {
+                Self::new("table::row", source.to_string()).at(path, Some(line))
+            }
+        }
+    }
+}
+
+/// Reads a table; empty lines are skipped.
+pub fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, TableError> {
+    let mut rows = Vec::new();
+    for (index, line) in BufReader::new(fs_err::File::open(path)?).lines().enumerate() {
+        let line = line?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        rows.push(serde_json::from_str(&line).map_err(|source| TableError::Row {
+            path: path.to_owned(),
+            line: index + 1,
+            source,
+        })?);
+    }
+    Ok(rows)
+}
+
+/// Writes a table.
+pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableError> {
+    let mut out = std::io::BufWriter::new(fs_err::File::create(path)?);
+    for row in rows {
+        serde_json::to_writer(&mut out, row).map_err(std::io::Error::from)?;
+        out.write_all(b"\n")?;
+    }
+    out.flush()?;
+    Ok(())
+}
