@@ -103,12 +103,20 @@ pub struct Provenance {
 impl Example {
     /// The last user message.
     pub fn question(&self) -> &str {
-        self.messages.iter().rev().find(|message| message.role == "user").map_or("", |message| &message.content)
+        self.messages
+            .iter()
+            .rev()
+            .find(|message| message.role == "user")
+            .map_or("", |message| &message.content)
     }
 
     /// The last assistant message.
     pub fn answer(&self) -> &str {
-        self.messages.iter().rev().find(|message| message.role == "assistant").map_or("", |message| &message.content)
+        self.messages
+            .iter()
+            .rev()
+            .find(|message| message.role == "assistant")
+            .map_or("", |message| &message.content)
     }
 }
 

@@ -21,7 +21,12 @@ pub enum RunEvent {
     /// A line from a stage.
     StageMessage { stage: String, level: MessageLevel, text: String },
     /// A stage ended well.
-    StageFinished { stage: String, seconds: f64, rows: Option<RowCounts>, metrics: serde_json::Map<String, Value> },
+    StageFinished {
+        stage: String,
+        seconds: f64,
+        rows: Option<RowCounts>,
+        metrics: serde_json::Map<String, Value>,
+    },
     /// A stage failed.
     StageFailed { stage: String, message: String, hint: Option<String> },
     /// A stage was not run because one it needs failed.

@@ -1,0 +1,22 @@
+# Everyday commands; `just --list` shows them.
+
+# Run the main pipeline.
+run *ARGS:
+    cargo run --release -- run pipelines/exec-assistant.yaml {{ARGS}}
+
+# The whole test suite, as the README has it.
+test:
+    cargo test --release
+
+# Format and lint as CI does.
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Write docs/stages.md from the stage kinds.
+docs:
+    cargo run --release -- schema --markdown > docs/stages.md
+
+# All that CI does.
+ci:
+    bash .ci/run

@@ -1,0 +1,37 @@
+//! `explain`: why a stage would run again, down to the file or parameter.
+
+use clap::Args;
+use tunesmith_pipeline::runner;
+use tunesmith_pipeline::store::Store;
+
+use super::exit_code::Failure;
+use super::{ManifestArgs, print, problems};
+
+/// Options of `explain`.
+#[derive(Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    manifest: ManifestArgs,
+    /// The stage
+    stage: String,
+    /// Print the explanation as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints one line a reason.
+pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
+    let pipeline = options.manifest.load(options.json)?;
+    let explanation =
+        runner::explain(&pipeline, store, &options.stage).map_err(|error| problems::show_runner(&error, options.json))?;
+    if options.json {
+        print::json(&explanation);
+    } else if explanation.reasons.is_empty() {
+        print::data(&format!("{} is up to date", options.stage));
+    } else {
+        for reason in &explanation.reasons {
+            print::data(&format!("{}: {reason}", options.stage));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! `plan`: what a run would do, and why. Hashes inputs; runs nothing.
+
+use clap::Args;
+use tunesmith_pipeline::runner::{self, RunOptions};
+use tunesmith_pipeline::store::Store;
+
+use super::exit_code::Failure;
+use super::print::{self, Paint};
+use super::{ManifestArgs, problems};
+
+/// Options of `plan`.
+#[derive(Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    manifest: ManifestArgs,
+    /// Only these stages and what they need
+    stages: Vec<String>,
+    /// Treat this stage as if it had to run; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    force: Vec<String>,
+    /// Print the plan as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints one line a stage.
+pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
+    let pipeline = options.manifest.load(options.json)?;
+    let run = RunOptions { targets: options.stages.clone(), force: options.force.clone(), ..RunOptions::default() };
+    let plan = runner::plan(&pipeline, store, &run).map_err(|error| problems::show_runner(&error, options.json))?;
+    if options.json {
+        print::json(&plan);
+        return Ok(());
+    }
+    let paint = Paint::stderr();
+    for stage in &plan.stages {
+        let why = stage.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        let state = format!("{:<8}", stage.state.to_string());
+        print::data(format!("{} {:<14} {why}", paint.bold(&state), stage.name).trim_end());
+    }
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! `uses: eval`: asks the base model, the base model with a system prompt, and the tuned model the same
+//! held-out questions and free prompts, and says how much better which one is, with intervals.
+//!
+//! Reads: the base folder, the adapter, a split with `test.jsonl` and `train.jsonl`, and a table of prompts.
+//! Writes: `summary.json`, `answers.jsonl`, `prompts.jsonl`. Timings are metrics, never bytes of the artifact.
+//! Bump `VERSION` when the written bytes change.
+
+mod ask;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::Value;
+use tunesmith_pipeline::stage::{
+    Arity, Cost, EmptySource, InputSlot, SourceSpec, StageContext, StageError, StageKind,
+};
+
+use crate::corpus::{Example, Message, read_table, write_table};
+use crate::evaluate::flags::{self, Seen};
+use crate::evaluate::intervals::{bootstrap_mean, bootstrap_ratio, wilson};
+use crate::evaluate::results::{Answered, ArmAnswer, ArmSummary, LeakCheck, Prompted, Summary};
+use crate::evaluate::scoring::holds_key_facts;
+use ask::{Arm, Asked, Asker};
+
+const VERSION: u32 = 1;
+
+/// The `eval` kind.
+pub(crate) struct Eval;
+
+/// Parameters of `eval`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Params {
+    /// System message of the `prompted` arm; without it the arm is left out.
+    system_prompt: Option<String>,
+    /// JSON Lines of free prompts beside the manifest: `{"id", "category", "prompt"}`.
+    prompts: Option<String>,
+    /// Tokens an answer to a question may have.
+    #[serde(default = "default_answer_tokens")]
+    #[schemars(range(min = 1, max = 4096))]
+    max_answer_tokens: usize,
+    /// Tokens an answer to a free prompt may have.
+    #[serde(default = "default_prompt_tokens")]
+    #[schemars(range(min = 1, max = 4096))]
+    max_prompt_tokens: usize,
+    /// Prompts answered together.
+    #[serde(default = "default_batch")]
+    #[schemars(range(min = 1, max = 256))]
+    batch: usize,
+    /// Questions answered one at a time to measure the latency a user sees.
+    #[serde(default = "default_latency_samples")]
+    #[schemars(range(max = 100))]
+    latency_samples: usize,
+    /// Seed of the bootstrap.
+    #[serde(default)]
+    seed: u64,
+}
+
+fn default_answer_tokens() -> usize {
+    48
+}
+
+fn default_prompt_tokens() -> usize {
+    96
+}
+
+fn default_batch() -> usize {
+    32
+}
+
+fn default_latency_samples() -> usize {
+    2
+}
+
+/// A row of the prompts table.
+#[derive(Debug, Deserialize)]
+struct PromptRow {
+    id: String,
+    category: String,
+    prompt: String,
+}
+
+/// The part of a split's `leaks.json` that an evaluation repeats.
+#[derive(Debug, Default, Deserialize)]
+struct Leaks {
+    #[serde(default)]
+    leaks_exact: u64,
+    #[serde(default)]
+    leaks_near: u64,
+    #[serde(default)]
+    max_similarity: f64,
+    #[serde(default)]
+    nearest: Vec<Nearest>,
+}
+
+/// The training question closest to one test question.
+#[derive(Debug, Deserialize)]
+struct Nearest {
+    id: String,
+    question: String,
+    similarity: f64,
+}
+
+impl StageKind for Eval {
+    fn name(&self) -> &'static str {
+        "eval"
+    }
+
+    fn version(&self) -> u32 {
+        VERSION
+    }
+
+    fn doc(&self) -> &'static str {
+        "Compares base, base with a system prompt, and tuned on held-out questions and free prompts: loss, key-fact accuracy, length, latency."
+    }
+
+    fn inputs(&self) -> &'static [InputSlot] {
+        &[
+            InputSlot { name: "adapter", doc: "the trained adapter", arity: Arity::One },
+            InputSlot { name: "base", doc: "the base model it was trained on", arity: Arity::One },
+            InputSlot { name: "data", doc: "a split; its `test.jsonl` is asked", arity: Arity::One },
+        ]
+    }
+
+    fn outputs(&self) -> &'static [(&'static str, &'static str)] {
+        &[
+            ("summary.json", "each arm's figures with intervals, red flags, leak check"),
+            ("answers.jsonl", "every question with every arm's answer"),
+            ("prompts.jsonl", "every free prompt with every arm's answer"),
+        ]
+    }
+
+    fn schema(&self) -> schemars::Schema {
+        schemars::schema_for!(Params)
+    }
+
+    fn sources(&self, with: &Value) -> Vec<SourceSpec> {
+        with.get("prompts")
+            .and_then(Value::as_str)
+            .map(|path| SourceSpec {
+                name: "prompts".to_owned(),
+                patterns: vec![path.to_owned()],
+                param: "prompts".to_owned(),
+                empty: EmptySource::Refused,
+            })
+            .into_iter()
+            .collect()
+    }
+
+    fn numerics(&self, _with: &Value) -> Option<String> {
+        Some(super::train::numerics())
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::Heavy
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<(), StageError> {
+        let params: Params = context.params()?;
+        let data = context.input("data")?;
+        let questions: Vec<Example> = read_table(&data.file("test.jsonl")?)?;
+        let train: Vec<Example> = read_table(&data.file("train.jsonl")?)?;
+        let leaks: Leaks = read_json(&data.file("leaks.json")?)?;
+        let prompts = read_prompts(context)?;
+        if questions.is_empty() && prompts.is_empty() {
+            return Err(StageError::new("eval::nothing_to_ask", "the split has no test rows and no prompts are named")
+                .hint("give `split` a `test` share or a `test` input, or name `prompts`"));
+        }
+        let arms = arms(&params, &train);
+        let mut asker = Asker::open(context, &params)?;
+        let mut answered: Vec<Answered> = questions.iter().map(|example| unanswered(example, &leaks)).collect();
+        let mut prompted: Vec<Prompted> = prompts
+            .iter()
+            .map(|row| Prompted {
+                id: row.id.clone(),
+                category: row.category.clone(),
+                prompt: row.prompt.clone(),
+                arms: Vec::new(),
+            })
+            .collect();
+        for arm in &arms {
+            let conversations: Vec<Vec<Message>> = questions.iter().map(|example| arm.conversation(&example.messages)).collect();
+            let losses = asker.losses(arm, &conversations)?;
+            let asked = asker.answers(arm, &conversations, params.max_answer_tokens)?;
+            for (index, (row, asked)) in answered.iter_mut().zip(asked).enumerate() {
+                let right = (!row.key_facts.is_empty()).then(|| holds_key_facts(&asked.text, &row.key_facts));
+                row.arms.push(arm_answer(arm, asked, right, Some(losses[index].nll)));
+            }
+            let free: Vec<Vec<Message>> = prompts.iter().map(|row| arm.conversation(&[user(&row.prompt)])).collect();
+            for (row, asked) in prompted.iter_mut().zip(asker.answers(arm, &free, params.max_prompt_tokens)?) {
+                row.arms.push(arm_answer(arm, asked, None, None));
+            }
+            if let Some(seconds) = asker.latency(arm, &conversations, &params)? {
+                context.metric(&format!("{}.latency_seconds", arm.name), seconds);
+            }
+        }
+        let tokens = asker.supervised_tokens();
+        let summary = summarise(&arms, &answered, &prompted, tokens, &leaks, train.len(), params.seed);
+        report_metrics(context, &summary);
+        write_table(&context.out.join("answers.jsonl"), &answered)?;
+        write_table(&context.out.join("prompts.jsonl"), &prompted)?;
+        let json = serde_json::to_vec_pretty(&summary).map_err(std::io::Error::from)?;
+        fs_err::write(context.out.join("summary.json"), json)?;
+        Ok(())
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Result<T, StageError> {
+    serde_json::from_slice(&fs_err::read(path)?)
+        .map_err(|error| StageError::new("eval::input", error.to_string()).at(path, None))
+}
+
+fn read_prompts(context: &StageContext<'_>) -> Result<Vec<PromptRow>, StageError> {
+    let mut prompts = Vec::new();
+    for file in context.source("prompts") {
+        prompts.extend(read_table::<PromptRow>(&file.object).map_err(|error| match error {
+            crate::corpus::TableError::Row { line, source, .. } => {
+                StageError::new("eval::prompts", source.to_string())
+                    .at(&file.path, Some(line))
+                    .hint("each line is {\"id\", \"category\", \"prompt\"}")
+            }
+            crate::corpus::TableError::Io(error) => error.into(),
+        })?);
+    }
+    Ok(prompts)
+}
+
+/// The tuned arm is asked with the system message it was trained with.
+fn arms(params: &Params, train: &[Example]) -> Vec<Arm> {
+    let trained_with = train.first().and_then(|example| example.messages.iter().find(|message| message.role == "system"));
+    let mut arms = vec![Arm { name: "base", system: None, tuned: false }];
+    if let Some(system) = &params.system_prompt {
+        arms.push(Arm { name: "prompted", system: Some(system.clone()), tuned: false });
+    }
+    arms.push(Arm { name: "tuned", system: trained_with.map(|message| message.content.clone()), tuned: true });
+    arms
+}
+
+fn user(text: &str) -> Message {
+    Message { role: "user".to_owned(), content: text.to_owned() }
+}
+
+fn unanswered(example: &Example, leaks: &Leaks) -> Answered {
+    Answered {
+        id: example.id.clone(),
+        question: example.question().to_owned(),
+        reference: example.answer().to_owned(),
+        key_facts: example.key_facts.clone(),
+        places: example.provenance.places.clone(),
+        nearest_train: leaks
+            .nearest
+            .iter()
+            .find(|nearest| nearest.id == example.id)
+            .map(|nearest| (nearest.question.clone(), nearest.similarity)),
+        arms: Vec::new(),
+    }
+}
+
+fn arm_answer(arm: &Arm, asked: Asked, right: Option<bool>, loss: Option<f64>) -> ArmAnswer {
+    ArmAnswer {
+        arm: arm.name.to_owned(),
+        words: asked.text.split_whitespace().count(),
+        answer: asked.text,
+        right,
+        loss,
+        tokens: asked.tokens,
+        stopped: asked.stopped,
+    }
+}
+
+/// The figures of each arm; `tokens[i]` is the number of supervised tokens of question `i`'s reference.
+fn summarise(
+    arms: &[Arm],
+    answered: &[Answered],
+    prompted: &[Prompted],
+    tokens: &[usize],
+    leaks: &Leaks,
+    train_rows: usize,
+    seed: u64,
+) -> Summary {
+    let questions = answered.iter().filter(|row| !row.key_facts.is_empty()).count();
+    let summaries: Vec<ArmSummary> = arms
+        .iter()
+        .enumerate()
+        .map(|(index, arm)| {
+            let of_arm = || answered.iter().map(|row| &row.arms[index]);
+            let everything = || of_arm().chain(prompted.iter().map(|row| &row.arms[index]));
+            let losses: Vec<(f64, f64)> = of_arm()
+                .zip(tokens)
+                .filter_map(|(answer, &tokens)| answer.loss.map(|loss| (loss, tokens as f64)))
+                .collect();
+            let right = of_arm().filter(|answer| answer.right == Some(true)).count();
+            let words: Vec<f64> = everything().map(|answer| answer.words as f64).collect();
+            let lengths: Vec<f64> = everything().map(|answer| answer.tokens as f64).collect();
+            ArmSummary {
+                name: arm.name.to_owned(),
+                system: arm.system.clone(),
+                loss: bootstrap_ratio(&losses, seed),
+                accuracy: (questions > 0).then(|| wilson(right, questions)),
+                right,
+                words: bootstrap_mean(&words, seed),
+                tokens: bootstrap_mean(&lengths, seed),
+            }
+        })
+        .collect();
+    let (base, tuned) = (&summaries[0], &summaries[summaries.len() - 1]);
+    let seen = Seen {
+        questions,
+        tuned_right: tuned.right,
+        base_right: base.right,
+        leaks_exact: leaks.leaks_exact,
+        leaks_near: leaks.leaks_near,
+        unfinished: answered.iter().filter(|row| row.arms.last().is_some_and(|answer| !answer.stopped)).count(),
+        losses: tuned.loss.zip(base.loss).map(|(tuned, base)| (tuned.value, base.value)),
+    };
+    Summary {
+        questions,
+        prompts: prompted.len(),
+        flags: flags::raise(&seen),
+        leak_check: LeakCheck {
+            test_questions: answered.len(),
+            train_rows,
+            exact: leaks.leaks_exact,
+            near: leaks.leaks_near,
+            max_similarity: leaks.max_similarity,
+        },
+        arms: summaries,
+    }
+}
+
+/// Every figure as `<arm>.<measure>`, with `.low` and `.high` where it has an interval.
+fn report_metrics(context: &StageContext<'_>, summary: &Summary) {
+    for arm in &summary.arms {
+        let measures = [("loss", arm.loss), ("accuracy", arm.accuracy), ("words", arm.words), ("tokens", arm.tokens)];
+        for (measure, estimate) in measures {
+            if let Some(estimate) = estimate {
+                let name = format!("{}.{measure}", arm.name);
+                context.metric(&name, estimate.value);
+                context.metric(&format!("{name}.low"), estimate.low);
+                context.metric(&format!("{name}.high"), estimate.high);
+            }
+        }
+    }
+    for flag in &summary.flags {
+        context.warn(&format!("{}: {}", flag.name, flag.detail));
+    }
+}

@@ -1,0 +1,244 @@
+//! `uses: exec`: runs any command, so that nobody is ever stuck.
+//!
+//! Reads: the declared `inputs` (files, folders, globs beside the manifest) and its needs.
+//! Writes: exactly the declared `outputs`, which become the artifact.
+//!
+//! The command runs with `sh -c` in a fresh folder that holds nothing but the inputs, at the same relative
+//! paths, and each need as a read-only folder under its name. Its environment is an allow-list. Bump
+//! `VERSION` when any of this changes.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Component, Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::Value;
+use tunesmith_pipeline::stage::{
+    Arity, EmptySource, InputSlot, ParamProblem, SourceSpec, StageContext, StageError, StageKind,
+};
+
+const VERSION: u32 = 1;
+/// Variables of the caller that the command sees.
+const ENVIRONMENT: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "USER"];
+
+/// The `exec` kind.
+pub(crate) struct Exec;
+
+/// Parameters of `exec`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    /// The command, given to `sh -c`.
+    run: String,
+    /// Files, folders or globs beside the manifest that the command may read.
+    #[serde(default)]
+    inputs: Vec<String>,
+    /// Files or folders the command must write, relative to its folder; they become the artifact.
+    #[schemars(length(min = 1))]
+    outputs: Vec<String>,
+    /// Extra environment variables.
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+}
+
+impl StageKind for Exec {
+    fn name(&self) -> &'static str {
+        "exec"
+    }
+
+    fn version(&self) -> u32 {
+        VERSION
+    }
+
+    fn doc(&self) -> &'static str {
+        "Runs a command in a folder that holds only its declared inputs; what it declares as outputs becomes the artifact."
+    }
+
+    fn inputs(&self) -> &'static [InputSlot] {
+        &[InputSlot { name: "needs", doc: "each need stands as a read-only folder under its own name", arity: Arity::Any }]
+    }
+
+    fn outputs(&self) -> &'static [(&'static str, &'static str)] {
+        &[("*", "the declared outputs")]
+    }
+
+    fn schema(&self) -> schemars::Schema {
+        schemars::schema_for!(Params)
+    }
+
+    fn check(&self, with: &Value) -> Vec<ParamProblem> {
+        let Ok(params) = serde_json::from_value::<Params>(with.clone()) else { return Vec::new() };
+        let mut problems = Vec::new();
+        for (index, output) in params.outputs.iter().enumerate() {
+            if !stays_inside(Path::new(output)) {
+                problems.push(ParamProblem {
+                    path: format!("outputs.{index}"),
+                    message: format!("output `{output}` leaves the command's folder"),
+                    hint: Some("name a path below the folder the command runs in".to_owned()),
+                });
+            }
+            for (other_index, other) in params.outputs.iter().enumerate().skip(index + 1) {
+                if Path::new(output).starts_with(other) || Path::new(other).starts_with(output) {
+                    problems.push(ParamProblem {
+                        path: format!("outputs.{other_index}"),
+                        message: format!("outputs `{output}` and `{other}` overlap"),
+                        hint: Some("keep the outer one".to_owned()),
+                    });
+                }
+            }
+        }
+        for (index, input) in params.inputs.iter().enumerate() {
+            if !stays_inside(Path::new(input)) {
+                problems.push(ParamProblem {
+                    path: format!("inputs.{index}"),
+                    message: format!("input `{input}` is outside the manifest's folder"),
+                    hint: Some("copy or link it beside the manifest".to_owned()),
+                });
+            }
+        }
+        problems
+    }
+
+    fn sources(&self, with: &Value) -> Vec<SourceSpec> {
+        let patterns: Vec<String> =
+            with.get("inputs").and_then(|value| serde_json::from_value(value.clone()).ok()).unwrap_or_default();
+        if patterns.is_empty() {
+            return Vec::new();
+        }
+        vec![SourceSpec {
+            name: "inputs".to_owned(),
+            patterns,
+            param: "inputs".to_owned(),
+            empty: EmptySource::Refused,
+        }]
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<(), StageError> {
+        let params: Params = context.params()?;
+        let folder = tempfile::tempdir_in(context.out.parent().unwrap_or(context.out))?;
+        lay_out(context, folder.path())?;
+        let child = start(&params, folder.path())?;
+        let status = follow(context, child)?;
+        if !status.success() {
+            let ended = match (status.code(), status.signal()) {
+                (Some(code), _) => format!("exit code {code}"),
+                (None, Some(signal)) => format!("signal {signal}"),
+                (None, None) => "an unknown status".to_owned(),
+            };
+            return Err(StageError::new("exec::failed", format!("the command ended with {ended}"))
+                .hint("its output stands above and in the stage's log"));
+        }
+        collect(&params.outputs, folder.path(), context.out)
+    }
+}
+
+fn stays_inside(path: &Path) -> bool {
+    path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
+        && path.components().any(|part| matches!(part, Component::Normal(_)))
+}
+
+/// Copies the inputs and links the needs into `folder`.
+fn lay_out(context: &StageContext<'_>, folder: &Path) -> Result<(), StageError> {
+    for file in context.source("inputs") {
+        let target = folder.join(&file.path);
+        fs_err::create_dir_all(target.parent().unwrap_or(folder))?;
+        fs_err::copy(&file.object, &target)?;
+        let mut permissions = fs_err::metadata(&target)?.permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        fs_err::set_permissions(&target, permissions)?;
+    }
+    for (name, artifact) in context.inputs {
+        let target = folder.join(name);
+        if target.exists() {
+            return Err(StageError::new(
+                "exec::name_taken",
+                format!("need `{name}` and an input have the same path `./{name}`"),
+            )
+            .hint("give the need another key in `needs`"));
+        }
+        fs_err::os::unix::fs::symlink(&artifact.folder, &target)?;
+    }
+    Ok(())
+}
+
+fn start(params: &Params, folder: &Path) -> Result<Child, StageError> {
+    let allowed = ENVIRONMENT.iter().filter_map(|name| std::env::var_os(name).map(|value| (*name, value)));
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &params.run])
+        .current_dir(folder)
+        .env_clear()
+        .envs(allowed)
+        .envs(&params.env)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    command
+        .spawn()
+        .map_err(|error| StageError::new("exec::start", "the shell `sh` cannot be started").caused_by(error))
+}
+
+/// Passes the command's output on line by line and ends its process group if the run is cancelled.
+fn follow(context: &StageContext<'_>, mut child: Child) -> Result<ExitStatus, StageError> {
+    let stdout = child.stdout.take();
+    let stderr = child.stderr.take();
+    std::thread::scope(|scope| {
+        scope.spawn(move || stdout.map(|pipe| pass_on(context, pipe)));
+        scope.spawn(move || stderr.map(|pipe| pass_on(context, pipe)));
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            if context.services.cancelled() {
+                end_group(&mut child)?;
+                return Err(StageError::cancelled());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    })
+}
+
+fn pass_on(context: &StageContext<'_>, pipe: impl Read) {
+    for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+        context.info(String::from_utf8_lossy(&line).trim_end());
+    }
+}
+
+fn end_group(child: &mut Child) -> std::io::Result<()> {
+    let group = -libc::pid_t::try_from(child.id()).expect("a process id fits pid_t");
+    // SAFETY: kill(2) takes plain numbers; the group is the child's own, made by `process_group(0)`.
+    unsafe { libc::kill(group, libc::SIGTERM) };
+    for _ in 0..100 {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // SAFETY: as above.
+    unsafe { libc::kill(group, libc::SIGKILL) };
+    child.wait().map(|_| ())
+}
+
+/// Moves the declared outputs into the artifact; a missing one is an error that shows what is there.
+fn collect(outputs: &[String], folder: &Path, out: &Path) -> Result<(), StageError> {
+    for output in outputs {
+        let written = folder.join(output);
+        if fs_err::symlink_metadata(&written).is_err() {
+            let mut there: Vec<String> = fs_err::read_dir(folder)?
+                .filter_map(|entry| entry.ok().map(|entry| format!("`{}`", entry.file_name().to_string_lossy())))
+                .collect();
+            there.sort();
+            return Err(StageError::new("exec::missing_output", format!("the command did not write `{output}`"))
+                .hint(format!("its folder holds {}", there.join(", "))));
+        }
+        let target: PathBuf = out.join(output);
+        fs_err::create_dir_all(target.parent().unwrap_or(out))?;
+        fs_err::rename(&written, &target)?;
+    }
+    Ok(())
+}

