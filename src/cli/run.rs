@@ -1,0 +1,110 @@
+//! `run`: runs what is not in the store yet, shows it as it happens, and sums up.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use tunesmith_pipeline::runner::{self, RunOptions, RunReport, StageState};
+use tunesmith_pipeline::store::Store;
+
+use super::exit_code::Failure;
+use super::print::{self, Paint};
+use super::progress::{Progress, rows_text};
+use super::{ManifestArgs, problems};
+
+/// Options of `run`.
+#[derive(Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    manifest: ManifestArgs,
+    /// Only these stages and what they need
+    stages: Vec<String>,
+    /// Run this stage even if its result is known; may be repeated
+    #[arg(long, value_name = "STAGE")]
+    force: Vec<String>,
+    /// Stages that may run side by side [default: one per core]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
+    /// Threads of a stage that uses the whole machine; changes no result [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// After a failure, go on with what does not need it
+    #[arg(long)]
+    keep_going: bool,
+    /// Put the results here instead of `<cache>/out/<name>`
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Say only what goes wrong
+    #[arg(long, short)]
+    quiet: bool,
+    /// Print the report of the run as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the pipeline.
+pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
+    let pipeline = options.manifest.load(options.json)?;
+    let defaults = RunOptions::default();
+    let run = RunOptions {
+        targets: options.stages.clone(),
+        force: options.force.clone(),
+        jobs: options.jobs.map_or(defaults.jobs, usize::from),
+        threads: options.threads.map_or(defaults.threads, usize::from),
+        keep_going: options.keep_going,
+        out: options.out.clone(),
+    };
+    let cancel = stop_signals();
+    let progress = Progress::new(options.quiet);
+    let report = runner::run(&pipeline, store, &run, &progress, &cancel)
+        .map_err(|error| problems::show_runner(&error, options.json))?;
+    if options.json {
+        print::json(&report);
+    }
+    report.errors.iter().for_each(problems::show_failure);
+    if !options.quiet && !options.json {
+        sum_up(&report);
+    }
+    if report.ok { Ok(()) } else { Err(Failure::Run) }
+}
+
+/// The first Ctrl-C or SIGTERM asks the run to stop; the second ends the program.
+fn stop_signals() -> Arc<AtomicBool> {
+    let cancel = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // The order matters: on the first signal the flag is still down when the shutdown looks at it.
+        let registered = flag::register_conditional_shutdown(signal, 130, Arc::clone(&cancel))
+            .and_then(|_| flag::register(signal, Arc::clone(&cancel)));
+        if let Err(error) = registered {
+            tracing::warn!("signal {signal} will end the program at once: {error}");
+        }
+    }
+    cancel
+}
+
+/// A table of the stages, their headline figures, and where the results are.
+fn sum_up(report: &RunReport) {
+    let paint = Paint::stderr();
+    let width = report.stages.iter().map(|stage| stage.name.len()).max().unwrap_or(0);
+    print::note("");
+    for stage in &report.stages {
+        let state = stage.state.to_string();
+        let state = match stage.state {
+            StageState::Ran => paint.green(&format!("{state:<7}")),
+            StageState::Failed => paint.red(&format!("{state:<7}")),
+            StageState::Cached | StageState::Skipped => paint.dim(&format!("{state:<7}")),
+        };
+        let rows = if stage.state == StageState::Ran && stage.rows.total > 0 { rows_text(&stage.rows) } else { String::new() };
+        let seconds = if stage.state == StageState::Ran { format!("{:>7.1} s", stage.seconds) } else { " ".repeat(9) };
+        print::note(format!("  {state} {:<width$} {seconds}  {rows}", stage.name).trim_end());
+    }
+    let ran = report.stages.iter().filter(|stage| stage.state == StageState::Ran).count();
+    let cached = report.stages.iter().filter(|stage| stage.state == StageState::Cached).count();
+    print::note(&format!("{ran} ran, {cached} cached, in {:.2} s", report.seconds));
+    for path in &report.shown {
+        print::note(&format!("{} {}", paint.bold("report:"), path.display()));
+    }
+}

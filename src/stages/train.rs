@@ -1,0 +1,262 @@
+//! `uses: train`: trains a LoRA adapter on the base model.
+//!
+//! Reads: a split (`train.jsonl`, `validation.jsonl`) and a base folder. Writes: the adapter in PEFT's format
+//! and `training.json`, the loss curves. Throughput and memory are metrics, never bytes of the artifact.
+//! Bump `VERSION` when the written bytes change.
+
+mod params;
+
+use std::path::Path;
+
+use serde_json::json;
+use tunesmith_engine::backend::{self, BackendKind};
+use tunesmith_engine::generate::GenerateHooks;
+use tunesmith_engine::model::{Compute, Model};
+use tunesmith_engine::tokenizer::{Message as Turn, Tokenizer};
+use tunesmith_engine::trainer::{
+    self, EvalRecord, ProbeReport, StepRecord, TokenizedExample, TrainError, TrainHooks, TrainReport, Trained,
+};
+use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, StageContext, StageError, StageKind};
+
+use crate::corpus::{Example, Message, read_table};
+use params::Params;
+
+const VERSION: u32 = 1;
+/// Rows named in one error message.
+const ROWS_NAMED_MAX: usize = 5;
+
+/// The `train` kind.
+pub(crate) struct Train;
+
+impl StageKind for Train {
+    fn name(&self) -> &'static str {
+        "train"
+    }
+
+    fn version(&self) -> u32 {
+        VERSION
+    }
+
+    fn doc(&self) -> &'static str {
+        "Trains a LoRA adapter on the base model; the loss counts the assistant's tokens and the end of its turns."
+    }
+
+    fn inputs(&self) -> &'static [InputSlot] {
+        &[
+            InputSlot { name: "data", doc: "a split with `train.jsonl` and `validation.jsonl`", arity: Arity::One },
+            InputSlot { name: "base", doc: "the base model", arity: Arity::One },
+        ]
+    }
+
+    fn outputs(&self) -> &'static [(&'static str, &'static str)] {
+        &[
+            ("adapter_model.safetensors", "the adapter's weights, as PEFT names them"),
+            ("adapter_config.json", "the adapter's description, as PEFT reads it"),
+            ("training.json", "loss, learning rate and gradient norm of every step; every evaluation; the probes"),
+        ]
+    }
+
+    fn schema(&self) -> schemars::Schema {
+        schemars::schema_for!(Params)
+    }
+
+    fn numerics(&self, _with: &serde_json::Value) -> Option<String> {
+        Some(numerics())
+    }
+
+    fn cost(&self) -> Cost {
+        Cost::Heavy
+    }
+
+    fn run(&self, context: &StageContext<'_>) -> Result<(), StageError> {
+        let params: Params = context.params()?;
+        let (data, base) = (context.input("data")?, context.input("base")?);
+        let tokenizer = open_tokenizer(&base.folder)?;
+        let train = prepare(&tokenizer, &data.file("train.jsonl")?, params.max_length())?;
+        let validation = prepare(&tokenizer, &data.file("validation.jsonl")?, params.max_length())?;
+        let supervised: usize = train.iter().map(TokenizedExample::supervised_tokens).sum();
+        let tokens: usize = train.iter().map(|row| row.tokens.len()).sum();
+        context.info(&format!("{} rows, {tokens} tokens, {supervised} of them supervised", train.len()));
+        let model = open_model(&base.folder, context.threads)?;
+        tokenizer.check_fits(model.config()).map_err(|error| StageError::new("train::tokenizer", error.to_string()))?;
+        let options = params.options(context.checkpoints, base.digest.hex());
+        let mut hooks = Hooks { context };
+        let trained = trainer::train(&model, &train, &validation, &options, &mut hooks).map_err(train_error)?;
+        let probes = trainer::probe(&model, &trained.adapter, &tokenizer, &train, &params.probes(), &mut hooks)
+            .map_err(probe_error)?;
+        for warning in &probes.warnings {
+            context.warn(warning);
+        }
+        write(context, &trained, &probes)?;
+        report(context, &trained.report);
+        Ok(())
+    }
+}
+
+/// The numerics class of the CPU this runs on, part of the key of stages whose bytes depend on it.
+pub(super) fn numerics() -> String {
+    backend::numerics(BackendKind::Cpu)
+}
+
+/// Opens the tokenizer of a base folder.
+pub(super) fn open_tokenizer(base: &Path) -> Result<Tokenizer, StageError> {
+    Tokenizer::open(base).map_err(|error| {
+        StageError::new("engine::tokenizer", error.to_string()).hint("`base` must be a `model` stage with a chat model")
+    })
+}
+
+/// Opens the model of a base folder on the CPU.
+pub(super) fn open_model(base: &Path, threads: usize) -> Result<Model, StageError> {
+    let device = Compute { kind: BackendKind::Cpu, threads };
+    Model::open(base, &device)
+        .map_err(|error| StageError::new("engine::model", error.to_string()).hint("`base` must be a `model` stage"))
+}
+
+/// The engine's form of a conversation.
+pub(super) fn turns(messages: &[Message]) -> Vec<Turn> {
+    messages.iter().map(|message| Turn { role: message.role.clone(), content: message.content.clone() }).collect()
+}
+
+/// Reads a table and tokenises it; every row that cannot be trained on is named.
+fn prepare(tokenizer: &Tokenizer, table: &Path, max_length: usize) -> Result<Vec<TokenizedExample>, StageError> {
+    let examples: Vec<Example> = read_table(table)?;
+    let rows: Vec<(String, Vec<Turn>)> =
+        examples.iter().map(|example| (example.id.clone(), turns(&example.messages))).collect();
+    trainer::prepare(tokenizer, &rows, max_length).map_err(|problems| {
+        let named: Vec<String> = problems
+            .iter()
+            .take(ROWS_NAMED_MAX)
+            .map(|problem| {
+                let question = examples.iter().find(|example| example.id == problem.id).map_or("", Example::question);
+                format!("{problem} (question: `{question}`)")
+            })
+            .collect();
+        let more = problems.len().saturating_sub(ROWS_NAMED_MAX);
+        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+        let table = table.file_name().unwrap_or_default().to_string_lossy();
+        StageError::new("train::rows", format!("{} rows of {table} cannot be trained on: {}{more}", problems.len(), named.join("; ")))
+            .hint("raise `max_length` (and `pack_tokens`), or take these rows out")
+    })
+}
+
+/// Passes the trainer's words on to the runner.
+struct Hooks<'a, 'b> {
+    context: &'a StageContext<'b>,
+}
+
+impl TrainHooks for Hooks<'_, '_> {
+    fn step(&mut self, record: &StepRecord, total: usize) {
+        let detail = format!("loss {:.3}, {:.0} tokens/s", record.loss, record.tokens as f64 / record.seconds.max(1e-9));
+        self.context.services.progress(record.step as u64, total as u64, "steps", &detail);
+    }
+
+    fn eval(&mut self, record: &EvalRecord) {
+        self.context.info(&format!(
+            "step {}: training loss {:.3}, validation loss {:.3}",
+            record.step, record.train_loss, record.loss
+        ));
+    }
+
+    fn warn(&mut self, text: &str) {
+        self.context.warn(text);
+    }
+
+    fn cancelled(&mut self) -> bool {
+        self.context.services.cancelled()
+    }
+}
+
+impl GenerateHooks for Hooks<'_, '_> {
+    fn cancelled(&mut self) -> bool {
+        self.context.services.cancelled()
+    }
+}
+
+fn train_error(error: TrainError) -> StageError {
+    let stage = match &error {
+        TrainError::Cancelled { step } => {
+            return StageError::new("run::cancelled", format!("stopped after step {step}"))
+                .hint("run again to go on from there");
+        }
+        TrainError::NotFinite { .. } => StageError::new("train::not_finite", error.to_string())
+            .hint("lower `learning_rate`, or look at the named rows"),
+        TrainError::Overfit { .. } => StageError::new("train::overfit", error.to_string())
+            .hint("fewer `epochs`, a lower `learning_rate`, more varied data; or `overfit: warn` if that is what you want"),
+        TrainError::Adapter(_) => StageError::new("train::adapter", error.to_string()),
+        TrainError::Row { .. } => StageError::new("train::rows", error.to_string()),
+        _ => StageError::new("train::failed", error.to_string()),
+    };
+    stage.caused_by(error)
+}
+
+fn probe_error(error: trainer::ProbeError) -> StageError {
+    let stage = match error.code() {
+        "cancelled" => return StageError::cancelled(),
+        "never_stops" => StageError::new("train::never_stops", error.to_string())
+            .hint("train longer; or `stop_probe: warn` to keep the adapter all the same"),
+        "adapter_changes_nothing" => StageError::new("train::adapter_changes_nothing", error.to_string()),
+        _ => StageError::new("train::probe", error.to_string()),
+    };
+    stage.caused_by(error)
+}
+
+/// Writes the adapter and the training log. The log holds nothing that differs between equal runs.
+fn write(context: &StageContext<'_>, trained: &Trained, probes: &ProbeReport) -> Result<(), StageError> {
+    let base = context.input("base")?;
+    trained
+        .adapter
+        .save_peft(context.out, &base.stage)
+        .map_err(|error| StageError::new("train::save", error.to_string()).caused_by(error))?;
+    let report = &trained.report;
+    let steps: Vec<_> = report
+        .losses
+        .iter()
+        .map(|step| {
+            json!({
+                "step": step.step, "epoch": step.epoch, "loss": step.loss, "learning_rate": step.learning_rate,
+                "grad_norm": step.grad_norm, "tokens": step.tokens, "supervised_tokens": step.supervised_tokens
+            })
+        })
+        .collect();
+    let evals: Vec<_> = report
+        .evals
+        .iter()
+        .map(|eval| json!({ "step": eval.step, "loss": eval.loss, "train_loss": eval.train_loss }))
+        .collect();
+    let warnings: Vec<&String> = report.warnings.iter().chain(&probes.warnings).collect();
+    let facts = json!({
+        "numerics": numerics(),
+        "trainable_parameters": report.trainable_parameters,
+        "adapted_percent": report.adapted_percent,
+        "supervised_tokens": report.supervised_tokens,
+        "tokens": report.tokens,
+        "kept_step": report.kept_step,
+        "canary_logit_delta": probes.canary_logit_delta,
+        "answers_that_stop": format!("{} of {}", probes.stopped, probes.asked),
+    });
+    let log = json!({ "steps": steps, "evals": evals, "warnings": warnings, "facts": facts });
+    let mut text = serde_json::to_string_pretty(&log).map_err(std::io::Error::from)?;
+    text.push('\n');
+    fs_err::write(context.out.join("training.json"), text)?;
+    Ok(())
+}
+
+fn report(context: &StageContext<'_>, report: &TrainReport) {
+    context.metric("loss", report.train_loss);
+    context.metric("eval_loss", report.eval_loss.map_or(serde_json::Value::Null, serde_json::Value::from));
+    context.metric("steps", report.steps);
+    context.metric("supervised_tokens", report.supervised_tokens);
+    context.metric("tokens", report.tokens);
+    context.metric("tokens_per_second", report.tokens_per_second);
+    context.metric("peak_rss_bytes", report.peak_rss_bytes);
+    context.metric("adapted_percent", report.adapted_percent);
+    context.metric("trainable_parameters", report.trainable_parameters);
+    context.info(&format!(
+        "{} steps, loss {:.3}, {:.0} tokens/s, peak memory {:.0} MiB, {:.1} % of linear weights adapted",
+        report.steps,
+        report.train_loss,
+        report.tokens_per_second,
+        report.peak_rss_bytes as f64 / 1024.0 / 1024.0,
+        report.adapted_percent
+    ));
+}
