@@ -285,7 +285,7 @@ fn check_with(
             .collect();
     }
     for mut problem in found {
-        let written = sources.slice(problem.span).trim();
+        let written = sources.slice(problem.span).trim_matches(['"', '\'']);
         if problem.hint.is_none() && written.contains("${") {
             problem.hint = Some(format!("it comes from {}", quoted(written)));
         }

@@ -195,13 +195,15 @@ impl<'s> Checker<'s> {
     }
 
     fn fits_type(&self, schema: &Json, node: &Node) -> bool {
-        let fits = |name: &str| match (&node.value, name) {
-            (Value::Null, "null") | (Value::Bool(_), "boolean") | (Value::Int(_), "integer" | "number") => {
-                true
-            }
-            (Value::Float(_), "number") | (Value::String(_), "string") => true,
-            (Value::List(_), "array") | (Value::Map(_), "object") | (Value::Broken, _) => true,
-            _ => false,
+        let fits = |name: &str| match &node.value {
+            Value::Null => name == "null",
+            Value::Bool(_) => name == "boolean",
+            Value::Int(_) => name == "integer" || name == "number",
+            Value::Float(_) => name == "number",
+            Value::String(_) => name == "string",
+            Value::List(_) => name == "array",
+            Value::Map(_) => name == "object",
+            Value::Broken => true,
         };
         match schema.get("type") {
             Some(Json::String(name)) => fits(name),
@@ -230,6 +232,7 @@ impl<'s> Checker<'s> {
     fn type_hint(&self, schemas: &[&'s Json], node: &Node) -> Option<String> {
         let wants = |name: &str| {
             schemas.iter().any(|schema| match schema.get("type") {
+                _ if !constants(schema).is_empty() => false,
                 Some(Json::String(wanted)) => wanted == name,
                 Some(Json::Array(names)) => names.iter().any(|wanted| wanted == name),
                 _ => false,

@@ -14,6 +14,9 @@ pub(crate) const STAGE_WORDS: [&str; 4] = ["uses", "needs", "with", "description
 /// What a name may be made of: it becomes a folder in the store.
 pub(crate) const NAME_PATTERN: &str = "^[A-Za-z0-9_-]{1,100}$";
 
+/// Most profiles of a file: each is checked against all params.
+const PROFILES_MAX: usize = 200;
+
 /// Entries of a map.
 pub(crate) type Entries = Vec<(Key, Node)>;
 
@@ -62,12 +65,17 @@ pub(crate) fn read(root: Node, problems: &mut Problems) -> ReadFile {
         let document = &mut file.document;
         match key.text.as_str() {
             "name" => {
-                document.name = text(node, "name", problems).and_then(|name| checked_name(name, problems))
+                document.name = text(node, "name", problems).and_then(|name| checked_name(name, problems));
             }
             "description" => drop(text(node, "description", problems)),
-            "params" => document.params = params(node, "params", problems),
+            "params" => document.params = params(node, problems),
             "profiles" => {
-                for (name, node) in optional_map(node, "profiles", problems) {
+                let profiles = optional_map(node, "`profiles`", problems);
+                if profiles.len() > PROFILES_MAX {
+                    let message = format!("more than {PROFILES_MAX} profiles");
+                    problems.push(Problem::new("manifest::too_large", key.span, message));
+                }
+                for (name, node) in profiles.into_iter().take(PROFILES_MAX) {
                     let what = format!("profile `{}`", name.text);
                     let entries = optional_map(node, &what, problems);
                     document.profiles.push((name, entries));
@@ -75,11 +83,14 @@ pub(crate) fn read(root: Node, problems: &mut Problems) -> ReadFile {
             }
             "include" => file.includes = texts(node, "include", problems),
             "stages" => {
-                for (name, node) in optional_map(node, "stages", problems) {
+                for (name, node) in optional_map(node, "`stages`", problems) {
                     document.stages.extend(stage(name, node, problems));
                 }
             }
-            _ => problems.push(unknown_word(&key, &WORDS)),
+            _ => {
+                let problem = unknown_word(&key, &WORDS, problems);
+                problems.push(problem);
+            }
         }
     }
     file
@@ -115,7 +126,7 @@ fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
     let name = checked_name(Text { text: name.text, span: name.span }, problems)
         .map(|text| Key { text, span: name.span })?;
     let mut draft = StageDraft { name, uses: None, needs: None, with: None };
-    let mut has_uses = false;
+    let mut has_uses = !matches!(node.value, Value::Map(_) | Value::Null);
     let entries = optional_map(node, &format!("stage `{}`", draft.name.text), problems);
     for (key, node) in entries {
         let is_given = node.value != Value::Null;
@@ -131,7 +142,10 @@ fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
             "needs" => draft.needs = is_given.then_some((key.span, node)),
             "with" => draft.with = is_given.then_some((key.span, node)),
             "description" => drop(text(node, "description", problems)),
-            _ => problems.push(unknown_word(&key, &STAGE_WORDS).stage(&draft.name.text)),
+            _ => {
+                let problem = unknown_word(&key, &STAGE_WORDS, problems);
+                problems.push(problem.stage(&draft.name.text));
+            }
         }
     }
     if !has_uses {
@@ -145,8 +159,8 @@ fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
     Some(draft)
 }
 
-fn params(node: Node, what: &str, problems: &mut Problems) -> Entries {
-    let entries = optional_map(node, what, problems);
+fn params(node: Node, problems: &mut Problems) -> Entries {
+    let entries = optional_map(node, "`params`", problems);
     for (key, _) in &entries {
         if !is_name(&key.text) {
             let message = format!("{} cannot be the name of a param", quoted(&key.text));
@@ -176,10 +190,10 @@ pub(crate) fn is_name(text: &str) -> bool {
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
-fn unknown_word(key: &Key, known: &[&str]) -> Problem {
+fn unknown_word(key: &Key, known: &[&str], problems: &Problems) -> Problem {
     let problem =
         Problem::new("manifest::unknown_key", key.span, format!("unknown key {}", quoted(&key.text)));
-    match crate::manifest::problem::suggestion(&key.text, known.iter().copied()) {
+    match problems.suggest(&key.text, known.iter().copied()) {
         Some(hint) => problem.hint(hint),
         None => problem,
     }

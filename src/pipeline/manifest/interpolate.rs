@@ -236,7 +236,7 @@ impl<'a> Resolver<'a> {
             if matches!(&written.value, Value::String(text) if text.contains("${")) {
                 let resolved =
                     self.entered(&name, reference.span, |this| this.resolve_at(written, depth + 1))?;
-                return self.inside(reference, resolved, &name, &path[position..]);
+                return self.inside(reference, &resolved, &name, &path[position..]);
             }
             let Some(inner) = written.get(part) else {
                 return self.unknown_inside(reference, written, &name, part);
@@ -249,8 +249,8 @@ impl<'a> Resolver<'a> {
     }
 
     /// The part at `path` of a value that is filled in already.
-    fn inside(&mut self, reference: &Reference<'_>, value: Node, name: &str, path: &[&str]) -> Option<Node> {
-        let mut node = &value;
+    fn inside(&mut self, reference: &Reference<'_>, value: &Node, name: &str, path: &[&str]) -> Option<Node> {
+        let mut node = value;
         for part in path {
             match node.get(part) {
                 Some(inner) => node = inner,

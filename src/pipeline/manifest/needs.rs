@@ -51,32 +51,31 @@ pub(crate) fn resolve(
     problems: &mut Problems,
 ) -> Vec<Edge> {
     let mut found = Vec::new();
-    let written = read(draft, &mut found);
-    let mut edges = Vec::new();
-    match (kind, written) {
-        (Some(kind), Some(Written::Listed(list))) => {
+    let edges = match (kind, read(draft, &mut found)) {
+        (_, None) => Vec::new(),
+        (_, Some(Written::Listed(list))) => {
+            let count = list.len();
             let list = known(list, names, problems, &draft.name.text);
-            edges = place_list(kind, draft, list, names, &mut found);
-        }
-        (Some(kind), Some(Written::ByKey(entries))) => {
-            edges = place_map(kind, entries, names, problems, draft, &mut found);
-        }
-        // Without a kind there are no slots; the names are checked all the same.
-        (None, Some(Written::Listed(list))) => {
-            edges = by_name(known(list, names, problems, &draft.name.text), names)
-        }
-        (None, Some(Written::ByKey(entries))) => {
-            for (_, needs) in entries {
-                let list = match needs {
-                    KeyNeeds::One(text) => vec![text],
-                    KeyNeeds::List(list) => list,
-                };
-                edges.extend(by_name(known(list, names, problems, &draft.name.text), names));
+            match kind {
+                Some(kind) if list.len() == count => place_list(kind, draft, &list, names, &mut found),
+                // Without a kind there are no slots, and with a wrong name there is no telling.
+                _ => by_name(&list, names),
             }
         }
-        (_, None) => {}
+        (Some(kind), Some(Written::ByKey(entries))) => {
+            place_map(kind, entries, names, problems, draft, &mut found)
+        }
+        (None, Some(Written::ByKey(entries))) => {
+            let lists = entries.into_iter().map(|(_, needs)| match needs {
+                KeyNeeds::One(text) => vec![text],
+                KeyNeeds::List(list) => list,
+            });
+            by_name(&known(lists.flatten().collect(), names, problems, &draft.name.text), names)
+        }
+    };
+    if kind.is_some() {
+        refuse_same_slot(&edges, &mut found);
     }
-    refuse_same_slot(&edges, &mut found);
     for problem in found {
         problems.push(problem.stage(&draft.name.text));
     }
@@ -144,7 +143,7 @@ fn edge(slot: &str, text: &Text, names: &StageNames<'_>) -> Edge {
     Edge { slot: slot.to_owned(), stage: names.index[text.text.as_str()], span: text.span }
 }
 
-fn by_name(list: Vec<Text>, names: &StageNames<'_>) -> Vec<Edge> {
+fn by_name(list: &[Text], names: &StageNames<'_>) -> Vec<Edge> {
     list.iter().map(|text| edge(&text.text, text, names)).collect()
 }
 
@@ -152,46 +151,43 @@ fn by_name(list: Vec<Text>, names: &StageNames<'_>) -> Vec<Edge> {
 fn place_list(
     kind: &dyn StageKind,
     draft: &StageDraft,
-    list: Vec<Text>,
+    list: &[Text],
     names: &StageNames<'_>,
     found: &mut Vec<Problem>,
 ) -> Vec<Edge> {
     let slots = kind.inputs();
     let takes_any = slots.iter().any(|slot| slot.arity == Arity::Any);
-    let single = <&[InputSlot; 1]>::try_from(slots).ok().map(|[slot]| slot).filter(|_| !takes_any);
-    let written = draft.needs.as_ref().map_or(0, |(_, node)| match &node.value {
-        Value::List(items) => items.len(),
-        _ => 1,
-    });
-    if let (Some((_, node)), true) = (&draft.needs, slots.is_empty() && written > 0) {
-        let message = format!("a `{}` stage takes no input", kind.name());
-        found.push(Problem::new("manifest::unknown_slot", node.span, message).hint("remove `needs`"));
+    let at = draft.needs.as_ref().map_or(draft.name.span, |(_, node)| node.span);
+    if slots.is_empty() && !list.is_empty() {
+        let message = format!("`{}` takes no input", kind.name());
+        found.push(Problem::new("manifest::unknown_slot", at, message).hint("remove `needs`"));
         return Vec::new();
     }
+    let single = match slots {
+        [slot] if !takes_any => Some(slot),
+        _ => None,
+    };
     let mut edges = Vec::new();
     let mut rest = Vec::new();
-    for text in &list {
-        let slot = slots.iter().find(|slot| slot.name == text.text && slot.arity != Arity::Any);
-        match (single, slot) {
-            (Some(slot), _) => edges.push(edge(slot.name, text, names)),
-            (None, Some(slot)) => edges.push(edge(slot.name, text, names)),
-            (None, None) => rest.push(text),
+    for text in list {
+        let same_name = || slots.iter().find(|slot| slot.name == text.text && slot.arity != Arity::Any);
+        match single.or_else(same_name) {
+            Some(slot) => edges.push(edge(slot.name, text, names)),
+            None => rest.push(text),
         }
     }
-    let empty = empty_slots(slots, &edges);
-    let is_placed = (takes_any || rest.is_empty()) && (empty.is_empty() || written == 0);
-    if list.len() < written {
-        // A name in it is wrong; what is missing follows from that.
-    } else if let (Some(slot), true) = (single, edges.len() > 1) {
-        let message =
-            format!("a `{}` stage takes one input, `{}`, found {}", kind.name(), slot.name, edges.len());
-        let span = draft.needs.as_ref().map_or(draft.name.span, |(_, node)| node.span);
-        found.push(Problem::new("manifest::needs", span, message));
+    if let Some(slot) = single.filter(|_| edges.len() > 1) {
+        let message = format!("`{}` takes one input, `{}`, found {}", kind.name(), slot.name, edges.len());
+        found.push(Problem::new("manifest::needs", at, message));
         return Vec::new();
-    } else if is_placed {
+    }
+    let is_empty =
+        |slot: &&InputSlot| slot.arity == Arity::One && !edges.iter().any(|edge| edge.slot == slot.name);
+    let empty: Vec<&InputSlot> = slots.iter().filter(is_empty).collect();
+    if list.is_empty() {
         found.extend(empty.iter().map(|slot| missing(kind, slot, draft)));
-    } else {
-        found.push(unplaced(kind, draft, &edges, &empty, &rest, names));
+    } else if !empty.is_empty() || (!takes_any && !rest.is_empty()) {
+        found.push(unplaced(kind, at, &edges, &rest, names));
     }
     edges.extend(rest.into_iter().map(|text| edge(&text.text, text, names)));
     edges
@@ -228,7 +224,7 @@ fn place_map(
         }
         match needs {
             KeyNeeds::List(list) if is_any => {
-                edges.extend(by_name(known(list, names, problems, &draft.name.text), names));
+                edges.extend(by_name(&known(list, names, problems, &draft.name.text), names));
             }
             KeyNeeds::List(list) if list.len() != 1 => {
                 let message = format!("input `{}` takes one stage, found {}", key.text, list.len());
@@ -249,12 +245,6 @@ fn place_map(
     edges
 }
 
-fn empty_slots(slots: &'static [InputSlot], edges: &[Edge]) -> Vec<&'static InputSlot> {
-    let is_empty =
-        |slot: &&InputSlot| slot.arity == Arity::One && !edges.iter().any(|edge| edge.slot == slot.name);
-    slots.iter().filter(is_empty).collect()
-}
-
 fn refuse_same_slot(edges: &[Edge], found: &mut Vec<Problem>) {
     let mut seen = BTreeSet::new();
     for edge in edges {
@@ -270,14 +260,14 @@ fn refuse_same_slot(edges: &[Edge], found: &mut Vec<Problem>) {
 
 fn missing(kind: &dyn StageKind, slot: &InputSlot, draft: &StageDraft) -> Problem {
     let span = draft.needs.as_ref().map_or(draft.name.span, |(word, _)| *word);
-    let message = format!("input `{}` of a `{}` stage is missing", slot.name, kind.name());
+    let message = format!("input `{}` of `{}` is missing", slot.name, kind.name());
     let doc = slot.doc.trim_end_matches('.');
     Problem::new("manifest::missing_need", span, message)
         .hint(format!("add `{}: <stage>` to `needs`: {doc}", slot.name))
 }
 
 fn unknown_slot(kind: &dyn StageKind, key: &Key) -> Problem {
-    let message = format!("a `{}` stage has no input {}", kind.name(), quoted(&key.text));
+    let message = format!("`{}` has no input {}", kind.name(), quoted(&key.text));
     let problem = Problem::new("manifest::unknown_slot", key.span, message);
     match suggestion(&key.text, kind.inputs().iter().map(|slot| slot.name)) {
         Some(hint) => problem.hint(hint),
@@ -288,32 +278,27 @@ fn unknown_slot(kind: &dyn StageKind, key: &Key) -> Problem {
 /// Names that could go into more than one slot: shows the map to write, the open slots filled in order.
 fn unplaced(
     kind: &dyn StageKind,
-    draft: &StageDraft,
+    at: Span,
     edges: &[Edge],
-    empty: &[&InputSlot],
     rest: &[&Text],
     names: &StageNames<'_>,
 ) -> Problem {
     let mut rest = rest.iter();
-    let takes_any = kind.inputs().iter().any(|slot| slot.arity == Arity::Any);
-    let mut entries: Vec<String> =
-        edges.iter().map(|edge| format!("{}: {}", edge.slot, names.ordered[edge.stage])).collect();
-    let open = kind.inputs().iter().filter(|slot| {
-        empty.iter().any(|empty| empty.name == slot.name)
-            || (slot.arity == Arity::Optional && !edges.iter().any(|edge| edge.slot == slot.name))
-    });
-    for slot in open {
-        match rest.next() {
-            Some(text) => entries.push(format!("{}: {}", slot.name, text.text)),
-            None if slot.arity == Arity::One => entries.push(format!("{}: <stage>", slot.name)),
-            None => {}
-        }
+    let mut entries = Vec::new();
+    for slot in kind.inputs() {
+        let filled = edges.iter().find(|edge| edge.slot == slot.name).map(|edge| names.ordered[edge.stage]);
+        let next = || rest.next().map(|text| text.text.as_str());
+        let stage = match slot.arity {
+            Arity::One => filled.or_else(next).or(Some("<stage>")),
+            Arity::Optional => filled.or_else(next),
+            Arity::Any => None,
+        };
+        entries.extend(stage.map(|stage| format!("{}: {stage}", slot.name)));
     }
-    if takes_any {
+    if kind.inputs().iter().any(|slot| slot.arity == Arity::Any) {
         entries.extend(rest.map(|text| format!("{0}: {0}", text.text)));
     }
-    let message = format!("it is not clear which input of a `{}` stage each of these fills", kind.name());
-    let span = draft.needs.as_ref().map_or(draft.name.span, |(_, node)| node.span);
-    Problem::new("manifest::needs", span, message)
+    let message = format!("it is not clear which input of `{}` each of these fills", kind.name());
+    Problem::new("manifest::needs", at, message)
         .hint(format!("say it: `needs: {{ {} }}`", entries.join(", ")))
 }

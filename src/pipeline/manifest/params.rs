@@ -26,8 +26,10 @@ pub(crate) fn apply(
         let entries = sources
             .read(path, None, problems)
             .and_then(|file| include::parse(file, sources, problems))
-            .map(|root| optional_map(root, "a params file", problems));
-        lay(params, entries.unwrap_or_default(), "", problems);
+            .map(|root| optional_map(root, "a params file", problems))
+            .unwrap_or_default();
+        check_names(params, &entries, "", problems);
+        lay(params, entries);
     }
     for (path, value) in &overrides.set {
         let text = format!("--set {path}={value}");
@@ -55,12 +57,12 @@ fn apply_profiles(
         let hint = problems.suggest(name, document.profiles.iter().map(|(key, _)| key.text.as_str()));
         problems.push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `profiles`".to_owned())));
     }
-    let defaults = document.params.clone();
+    for (_, entries) in &document.profiles {
+        check_names(&document.params, entries, "", problems);
+    }
     for (name, entries) in std::mem::take(&mut document.profiles) {
         if chosen == Some(name.text.as_str()) {
-            lay(&mut document.params, entries, "", problems);
-        } else {
-            lay(&mut defaults.clone(), entries, "", problems);
+            lay(&mut document.params, entries);
         }
     }
 }
@@ -90,7 +92,9 @@ fn set(params: &mut Entries, file: FileId, path: &str, value: Node, problems: &m
         let key = Key { text: part.to_owned(), span: Span::new(file, start..start + part.len()) };
         start += part.len() + 1;
         if parts.peek().is_none() {
-            return lay(below, vec![(key, value)], "", problems);
+            let entry = vec![(key, value)];
+            check_names(below, &entry, "", problems);
+            return lay(below, entry);
         }
         let index = below.iter().position(|(entry, _)| entry.text == part);
         let Some(index) = index.filter(|&index| matches!(below[index].1.value, Value::Map(_))) else {
@@ -110,28 +114,47 @@ fn set(params: &mut Entries, file: FileId, path: &str, value: Node, problems: &m
     }
 }
 
-/// Lays `above` over `below`.
-fn lay(below: &mut Entries, above: Entries, prefix: &str, problems: &mut Problems) {
-    let index: HashMap<String, usize> =
-        below.iter().enumerate().map(|(index, (key, _))| (key.text.clone(), index)).collect();
-    for (key, node) in above {
+/// Tells every name in `above` that `below` does not have.
+fn check_names(below: &Entries, above: &Entries, prefix: &str, problems: &mut Problems) {
+    for ((key, node), position) in above.iter().zip(positions(below, above)) {
         let path = format!("{prefix}{}", key.text);
-        let Some(&index) = index.get(&key.text) else {
-            let problem = Problem::new(
-                "manifest::unknown_param",
-                key.span,
-                format!("no param {} to override", quoted(&path)),
-            );
-            let hint = problems.suggest(&key.text, below.iter().map(|(key, _)| key.text.as_str()));
-            problems.push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `params`".to_owned())));
-            continue;
-        };
-        let old = &mut below[index].1;
-        match (&mut old.value, node.value) {
-            (Value::Map(old), Value::Map(new)) if !old.is_empty() => {
-                lay(old, new, &format!("{path}."), problems);
+        match (position.map(|index| &below[index].1.value), &node.value) {
+            (Some(Value::Map(old)), Value::Map(new)) if !old.is_empty() => {
+                check_names(old, new, &format!("{path}."), problems);
             }
+            (Some(_), _) => {}
+            (None, _) => {
+                let message = format!("no param {} to override", quoted(&path));
+                let problem = Problem::new("manifest::unknown_param", key.span, message);
+                let hint = problems.suggest(&key.text, below.iter().map(|(key, _)| key.text.as_str()));
+                problems
+                    .push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `params`".to_owned())));
+            }
+        }
+    }
+}
+
+/// Lays `above` over `below`; names that `below` does not have are left out.
+fn lay(below: &mut Entries, above: Entries) {
+    let positions = positions(below, &above);
+    for ((_, node), position) in above.into_iter().zip(positions) {
+        let Some(position) = position else { continue };
+        let old = &mut below[position].1;
+        match (&mut old.value, node.value) {
+            (Value::Map(old), Value::Map(new)) if !old.is_empty() => lay(old, new),
             (_, value) => *old = Node::new(value, node.span),
         }
     }
+}
+
+/// Where in `below` each key of `above` is.
+fn positions(below: &Entries, above: &Entries) -> Vec<Option<usize>> {
+    const FEW: usize = 8;
+    if above.len() <= FEW {
+        let position = |name: &str| below.iter().position(|(key, _)| key.text == name);
+        return above.iter().map(|(key, _)| position(&key.text)).collect();
+    }
+    let index: HashMap<&str, usize> =
+        below.iter().enumerate().map(|(index, (key, _))| (key.text.as_str(), index)).collect();
+    above.iter().map(|(key, _)| index.get(key.text.as_str()).copied()).collect()
 }

@@ -176,7 +176,8 @@ impl Sources {
         }
         let start = source.shown_start(span.start);
         let line_start = source.line_starts[source.line_index(start)];
-        let line = source.text[line_start..].split('\n').next().unwrap_or_default().trim_end();
+        let line = source.text[line_start..].split('\n').next().unwrap_or_default();
+        let line = line.strip_suffix('\r').unwrap_or(line);
         let label = start - line_start..span.end.saturating_sub(line_start);
         Some(shown(line, &label))
     }
@@ -224,6 +225,11 @@ fn shown(line: &str, label: &Range<usize>) -> Excerpt {
         }
     }
     let start = shown_label.unwrap_or(text.len());
+    if start == text.len() {
+        // The end of the line is meant: the caret needs something to stand under.
+        text.push(' ');
+        label_end = text.len();
+    }
     if window.end < line.len() {
         text.push('…');
     }

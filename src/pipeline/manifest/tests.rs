@@ -1,6 +1,7 @@
 //! What a manifest means, what is refused, and how the refusal reads. Each case is a manifest and a snapshot
 //! of what the user would see.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use expect_test::{Expect, expect};
@@ -52,7 +53,6 @@ struct TrainParams {
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-#[expect(dead_code, reason = "only its schema is used")]
 enum Schedule {
     /// Down in a straight line.
     Linear,
@@ -70,7 +70,6 @@ enum Targets {
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[expect(dead_code, reason = "only its schema is used")]
 enum TargetSet {
     Auto,
     Attention,
@@ -184,11 +183,11 @@ fn load_files(files: &[(&str, &str)], overrides: &Overrides) -> Result<Loaded, S
 
 /// What a user without colours would see, with the folder's name left out.
 fn rendered(problems: &[ManifestProblem], folder: &Path) -> String {
-    let handler = GraphicalReportHandler::new_themed(GraphicalTheme::none()).with_width(110);
+    let handler = GraphicalReportHandler::new_themed(GraphicalTheme::none()).with_wrap_lines(false);
     let mut text = String::new();
     for problem in problems {
         if let Some(stage) = &problem.stage {
-            text.push_str(&format!("[{stage}] "));
+            write!(text, "[{stage}] ").unwrap();
         }
         handler.render_report(&mut text, problem).unwrap();
         text.push('\n');

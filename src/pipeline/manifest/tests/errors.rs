@@ -283,7 +283,6 @@ stages:
              17 |       schedule: 3
                 :                 ^
                 `----
-              help: put it in quotes
 
             [u] manifest::wrong_type
 
@@ -292,7 +291,7 @@ stages:
              18 |       targets: 7
                 :                ^
                 `----
-              help: put it in quotes
+              help: write a list: `[...]`
 
             [u] manifest::missing_key
 
@@ -435,7 +434,7 @@ stages:
         &expect![[r#"
             [t] manifest::needs
 
-              x it is not clear which input of a `train` stage each of these fills
+              x it is not clear which input of `train` each of these fills
                ,-[m.yaml:6:28]
              6 |   t: { uses: train, needs: [split, model], with: { rank: 8 } }
                :                            ^^^^^^^^^^^^^^
@@ -444,7 +443,7 @@ stages:
 
             [u] manifest::needs
 
-              x it is not clear which input of a `train` stage each of these fills
+              x it is not clear which input of `train` each of these fills
                ,-[m.yaml:7:28]
              7 |   u: { uses: train, needs: [data], with: { rank: 8 } }
                :                            ^^^^^^
@@ -453,7 +452,7 @@ stages:
 
             [v] manifest::missing_need
 
-              x input `base` of a `train` stage is missing
+              x input `base` of `train` is missing
                ,-[m.yaml:8:21]
              8 |   v: { uses: train, needs: { data: data, bass: model }, with: { rank: 8 } }
                :                     ^^^^^
@@ -462,7 +461,7 @@ stages:
 
             [v] manifest::unknown_slot
 
-              x a `train` stage has no input `bass`
+              x `train` has no input `bass`
                ,-[m.yaml:8:42]
              8 |   v: { uses: train, needs: { data: data, bass: model }, with: { rank: 8 } }
                :                                          ^^^^
@@ -471,7 +470,7 @@ stages:
 
             [w] manifest::missing_need
 
-              x input `data` of a `train` stage is missing
+              x input `data` of `train` is missing
                ,-[m.yaml:9:3]
              9 |   w: { uses: train, with: { rank: 8 } }
                :   ^
@@ -480,7 +479,7 @@ stages:
 
             [w] manifest::missing_need
 
-              x input `base` of a `train` stage is missing
+              x input `base` of `train` is missing
                ,-[m.yaml:9:3]
              9 |   w: { uses: train, with: { rank: 8 } }
                :   ^
@@ -489,7 +488,7 @@ stages:
 
             [c] manifest::needs
 
-              x a `chunk` stage takes one input, `documents`, found 2
+              x `chunk` takes one input, `documents`, found 2
                 ,-[m.yaml:10:28]
              10 |   c: { uses: chunk, needs: [split, model] }
                 :                            ^^^^^^^^^^^^^^
@@ -497,7 +496,7 @@ stages:
 
             [i] manifest::unknown_slot
 
-              x a `ingest` stage takes no input
+              x `ingest` takes no input
                 ,-[m.yaml:11:29]
              11 |   i: { uses: ingest, needs: split, with: { paths: [x] } }
                 :                             ^^^^^
@@ -682,7 +681,7 @@ stages:
              5 |   t: { uses: train, needs: { data: n, base: n }, with: { rank: "${params.rank}" } }
                :                                                                ^^^^^^^^^^^^^^^^
                `----
-              help: it comes from `"${params.rank}"`
+              help: it comes from `${params.rank}`
 
         "#]],
     );
@@ -734,7 +733,7 @@ stages:
 
             manifest::wrong_type
 
-              x params has to be a map, found a list
+              x `params` has to be a map, found a list
                ,-[m.yaml:3:9]
              3 | params: [1]
                :         ^^^
@@ -756,15 +755,6 @@ stages:
                :   ^^^^^
                `----
               help: use letters, digits, `-` and `_`, at most 100 of them
-
-            [c] manifest::missing_key
-
-              x stage `c` does not say what it is
-               ,-[m.yaml:7:3]
-             7 |   c: 3
-               :   ^
-               `----
-              help: add `uses`, the kind of the stage
 
             manifest::wrong_type
 
@@ -935,8 +925,7 @@ fn includes_that_fail_are_told_where_they_are_asked_for() {
 
             manifest::include_cycle
 
-              x files include each other: `m.yaml -> sub/a.yaml -> sub/
-              | b.toml -> sub/../m.yaml`
+              x files include each other: `m.yaml -> sub/a.yaml -> sub/b.toml -> sub/../m.yaml`
                ,-[sub/b.toml:1:11]
              1 | include = '../m.yaml'
                :           ^^^^^^^^^^^
@@ -989,6 +978,7 @@ fn the_syntax_errors_of_all_files_are_told_at_once() {
               x string values must be quoted, expected literal string
                ,-[a.toml:1:8]
              1 | name =
+               :        ^
                `----
 
             manifest::duplicate_key
@@ -1114,4 +1104,77 @@ fn yaml_that_surprises_is_refused() {
 
     "#]],
     );
+}
+
+#[test]
+fn toml_problems_are_located_too() {
+    check_files(
+        &[(
+            "m.toml",
+            "[params]\nrank = 3\n\n[stages.notes]\nuses = 'ingest'\n[stages.notes.with]\npath = ['x']\n\n[stages.t]\nuses = \"train\"\nneeds = { data = \"notes\", base = \"note\" }\nwith.rank = \"a${params.rank}\"\nwith.dropout = -0.5\nwith.seed = 99999999999999999999\n",
+        )],
+        &Overrides::default(),
+        &expect![[r#"
+            [notes] manifest::missing_key
+
+              x `paths` is missing
+               ,-[m.toml:6:15]
+             6 | [stages.notes.with]
+               :               ^^^^
+               `----
+              help: it is a list: Files, folders or globs
+
+            [notes] manifest::unknown_key
+
+              x unknown key `path`
+               ,-[m.toml:7:1]
+             7 | path = ['x']
+               : ^^^^
+               `----
+              help: did you mean `paths`?
+
+            [t] manifest::unknown_stage
+
+              x no stage `note`
+                ,-[m.toml:11:34]
+             11 | needs = { data = "notes", base = "note" }
+                :                                  ^^^^^^
+                `----
+              help: did you mean `notes`?
+
+            [t] manifest::wrong_type
+
+              x expected an integer, found `"a3"`
+                ,-[m.toml:12:13]
+             12 | with.rank = "a${params.rank}"
+                :             ^^^^^^^^^^^^^^^^^
+                `----
+              help: it comes from `a${params.rank}`
+
+            [t] manifest::out_of_range
+
+              x expected at least `0`, found `-0.5`
+                ,-[m.toml:13:16]
+             13 | with.dropout = -0.5
+                :                ^^^^
+                `----
+
+            manifest::number
+
+              x the number `99999999999999999999` is too large
+                ,-[m.toml:14:13]
+             14 | with.seed = 99999999999999999999
+                :             ^^^^^^^^^^^^^^^^^^^^
+                `----
+
+        "#]],
+    );
+}
+
+#[test]
+fn a_lone_problem_reads_as_one_line() {
+    let folder = folder(&[("m.yaml", "stages: { r: { uses: reprt } }\n")]);
+    let path = folder.path().join("m.yaml");
+    let errors = load(&path, &Overrides::default(), KINDS).err().unwrap();
+    assert_eq!(errors.to_string(), format!("{}:1:22: no kind of stage is called `reprt`", path.display()));
 }
