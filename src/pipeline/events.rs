@@ -1,12 +1,15 @@
 //! What a run tells the outside: one enum of events, one trait that receives them.
 //! The binary has the receivers (a terminal with live lines, a plain log, JSON lines); the runner only sends.
 
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::stage::{MessageLevel, RowCounts};
 
-/// Something that happened in a run. Stage names are the manifest's.
-#[derive(Debug, Clone)]
+/// Something that happened in a run. Stage names are the manifest's. As JSON the field `event` names the
+/// variant: `{"event":"stage_cached","stage":"notes"}`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 pub enum RunEvent {
     /// The run began, with this many stages to look at.
     RunStarted { run: String, stages: usize },

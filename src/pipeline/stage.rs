@@ -270,7 +270,8 @@ pub enum RowOutcome {
 }
 
 /// How loud a message of a stage is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum MessageLevel {
     /// Worth a line in the log.
     Info,

@@ -1,0 +1,262 @@
+//! One action on a worker thread: lease, inputs, the stage itself, outputs, commit.
+//!
+//! Everything happens in a scratch folder until the record is written. A failure, a panic or a kill before
+//! that leaves nothing anybody believes; objects already stored are only content without a name.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::{Map, Value};
+use walkdir::WalkDir;
+
+use crate::digest::Digest;
+use crate::events::{Reporter, RunEvent};
+use crate::graph::{Stage, StageId};
+use crate::key::{Part, Reason};
+use crate::lease::Lease;
+use crate::stage::{Artifact, OutputFile, RowCounts, SourceFile, StageContext, StageError};
+use crate::store::{ActionRecord, Flush, StoreError, create_dir, folder_name, tree_digest, tree_encode};
+
+use super::driver::Shared;
+use super::services::StageServices;
+use super::sources::{Snapshot, adopt};
+
+/// An action that has to run.
+pub(super) struct Job<'p> {
+    pub(super) stage: &'p Stage,
+    pub(super) key: Digest,
+    pub(super) parts: Vec<Part>,
+    pub(super) reasons: Vec<Reason>,
+    pub(super) inputs: Vec<JobInput<'p>>,
+    pub(super) sources: Arc<Vec<Snapshot>>,
+    /// Run it even if somebody else has just finished it.
+    pub(super) forced: bool,
+    pub(super) previous_seconds: Option<f64>,
+}
+
+/// One input of an action.
+pub(super) struct JobInput<'p> {
+    pub(super) slot: &'p str,
+    pub(super) stage: StageId,
+    /// Name of that stage in this pipeline.
+    pub(super) name: &'p str,
+    pub(super) record: Arc<ActionRecord>,
+}
+
+/// What became of an action.
+pub(super) enum Done {
+    /// It ran and is committed.
+    Ran { record: Arc<ActionRecord>, seconds: f64 },
+    /// Somebody else finished it meanwhile.
+    Found(Arc<ActionRecord>),
+    /// The results of these stages are damaged.
+    Damaged(Vec<StageId>),
+    /// It failed.
+    Failed(Box<Failure>),
+    /// It was stopped.
+    Stopped,
+}
+
+/// A failed action.
+pub(super) struct Failure {
+    pub(super) error: StageError,
+    pub(super) rows: RowCounts,
+    pub(super) metrics: Map<String, Value>,
+    pub(super) seconds: f64,
+}
+
+impl Failure {
+    pub(super) fn new(error: StageError) -> Box<Self> {
+        Box::new(Self { error, rows: RowCounts::default(), metrics: Map::new(), seconds: 0.0 })
+    }
+}
+
+impl From<StoreError> for StageError {
+    fn from(error: StoreError) -> Self {
+        let hint = error.hint().map(str::to_owned);
+        Self { hint, ..Self::new(error.code(), error.to_string()) }
+    }
+}
+
+/// Runs an action, unless another process finishes it first.
+pub(super) fn run(shared: &Shared<'_>, job: &Job<'_>) -> Done {
+    match run_leased(shared, job) {
+        Ok(done) => done,
+        Err(error) => Done::Failed(Failure::new(error.into())),
+    }
+}
+
+fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+    let store = shared.store;
+    let mut waiting = || shared.recorder.report(&RunEvent::StageWaiting { stage: job.stage.name.clone() });
+    let Some(_lease) = Lease::take(&store.lock_path(job.key), &|| shared.is_cancelled(), &mut waiting)?
+    else {
+        return Ok(Done::Stopped);
+    };
+    if !job.forced
+        && let Some(record) = store.action(job.key)?
+        && store.damaged_output(&record)?.is_none()
+    {
+        shared.set_latest(job.stage, &record)?;
+        shared.settle(job.stage, &record)?;
+        return Ok(Done::Found(Arc::new(record)));
+    }
+    shared.recorder.report(&RunEvent::StageStarted {
+        stage: job.stage.name.clone(),
+        kind: job.stage.kind.name(),
+        reasons: job.reasons.iter().map(ToString::to_string).collect(),
+        previous_seconds: job.previous_seconds,
+    });
+    run_in_scratch(shared, job)
+}
+
+fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+    let started = Instant::now();
+    let store = shared.store;
+    let scratch = store.scratch()?;
+    let inputs = match link_inputs(shared, job, scratch.path())? {
+        Ok(inputs) => inputs,
+        Err(damaged) => return Ok(Done::Damaged(damaged)),
+    };
+    let sources = match checked_sources(shared, job)? {
+        Ok(sources) => sources,
+        Err(error) => return Ok(Done::Failed(Failure::new(error))),
+    };
+    let out = scratch.path().join("out");
+    fs_err::create_dir(&out)?;
+    let services = StageServices::new(&job.stage.name, shared.memo()?, shared.recorder, shared.cancelled);
+    let context = StageContext {
+        stage: &job.stage.name,
+        kind: (job.stage.kind.name(), job.stage.kind.version()),
+        with: &job.stage.with,
+        inputs: &inputs,
+        sources: &sources,
+        out: &out,
+        checkpoints: &store.checkpoints(job.key)?,
+        manifest_dir: &shared.pipeline.dir,
+        threads: shared.options.threads.max(1),
+        services: &services,
+    };
+    let result = job.stage.kind.run(&context);
+    services.flush();
+    let (rows, metrics) = (services.rows(), services.metrics());
+    let failed = |error| {
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(Done::Failed(Box::new(Failure { error, rows, metrics: metrics.clone(), seconds })))
+    };
+    if let Err(error) = result {
+        return if shared.is_cancelled() { Ok(Done::Stopped) } else { failed(error) };
+    }
+    let outputs = match take_outputs(shared, &out) {
+        Ok(outputs) => outputs,
+        Err(error) => return failed(error.into()),
+    };
+    let record = ActionRecord {
+        tree: tree_digest(&outputs),
+        outputs,
+        metrics: metrics.clone(),
+        rows,
+        seconds: started.elapsed().as_secs_f64(),
+        ..ActionRecord::new(job.key, &job.stage.name, job.parts.clone())
+    };
+    commit(shared, job, &record)?;
+    // What goes wrong from here on is a failure of this run, but the action itself is kept.
+    shared.settle(job.stage, &record)?;
+    Ok(Done::Ran { seconds: started.elapsed().as_secs_f64(), record: Arc::new(record) })
+}
+
+fn commit(shared: &Shared<'_>, job: &Job<'_>, record: &ActionRecord) -> Result<(), StoreError> {
+    let store = shared.store;
+    // The trees are there for explanations and for looking through the store.
+    store.put_bytes(&tree_encode(&record.outputs), Flush::Lazy)?;
+    for source in job.sources.iter() {
+        store.put_bytes(&tree_encode(&source.listing()), Flush::Lazy)?;
+    }
+    store.commit(record)?;
+    shared.set_latest(job.stage, record)?;
+    store.clear_checkpoints(job.key)
+}
+
+type Inputs = Vec<(String, Artifact)>;
+
+/// Makes a folder of each input. The inner error lists the stages whose results are damaged.
+fn link_inputs(
+    shared: &Shared<'_>,
+    job: &Job<'_>,
+    scratch: &Path,
+) -> Result<Result<Inputs, Vec<StageId>>, StoreError> {
+    let parent = scratch.join("inputs");
+    if !job.inputs.is_empty() {
+        create_dir(&parent)?;
+    }
+    let (mut inputs, mut damaged) = (Vec::new(), Vec::new());
+    for JobInput { slot, stage, name, record } in &job.inputs {
+        let folder = parent.join(folder_name(slot));
+        match shared.store.link_into(&folder, &record.outputs) {
+            Ok(()) => {}
+            Err(error @ StoreError::Damaged { .. }) => {
+                shared.recorder.log(&job.stage.name, &format!("input {slot} (stage {name}): {error}"));
+                damaged.push(*stage);
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let artifact = Artifact {
+            stage: (*name).to_owned(),
+            digest: record.tree,
+            files: record.outputs.clone(),
+            metrics: record.metrics.clone(),
+            folder,
+        };
+        inputs.push(((*slot).to_owned(), artifact));
+    }
+    Ok(if damaged.is_empty() { Ok(inputs) } else { Err(damaged) })
+}
+
+type Sources = Vec<(String, Vec<SourceFile>)>;
+
+/// Re-hashes the objects of the sources; a damaged one is taken from its file again if that is unchanged.
+fn checked_sources(shared: &Shared<'_>, job: &Job<'_>) -> Result<Result<Sources, StageError>, StoreError> {
+    let store = shared.store;
+    for file in job.sources.iter().flat_map(|source| &source.files) {
+        match store.checked(file.digest, file.bytes) {
+            Ok(_) => {}
+            Err(StoreError::Damaged { .. }) if adopt(shared.pipeline, store, file)? => {}
+            Err(StoreError::Damaged { damage, .. }) => {
+                let text =
+                    format!("the copy of `{}` in the store {damage}, and the file has changed", file.path);
+                return Ok(Err(
+                    StageError::new("source::damaged", text).hint("run again to use the file as it is")
+                ));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Ok(job.sources.iter().map(|source| (source.name.clone(), source.files.clone())).collect()))
+}
+
+/// Moves everything below `out` into the store, and lists it sorted by path.
+fn take_outputs(shared: &Shared<'_>, out: &Path) -> Result<Vec<OutputFile>, StoreError> {
+    let mut outputs = Vec::new();
+    for entry in WalkDir::new(out) {
+        let entry = entry.map_err(io::Error::from)?;
+        if entry.file_type().is_dir() {
+            continue;
+        }
+        let unfit = |problem| StoreError::Unfit { path: entry.path().to_owned(), problem };
+        let relative = entry.path().strip_prefix(out).expect("a walk stays below its root");
+        let path = relative.to_str().ok_or_else(|| unfit("is an output whose name is not valid UTF-8"))?;
+        let placed = if entry.file_type().is_file() {
+            shared.store.take_file(entry.path())?
+        } else if entry.path().is_file() {
+            shared.store.put_file(entry.path())?
+        } else {
+            return Err(unfit("is an output that is neither a file nor a folder"));
+        };
+        outputs.push(OutputFile { path: path.to_owned(), digest: placed.digest, bytes: placed.bytes });
+    }
+    outputs.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(outputs)
+}
