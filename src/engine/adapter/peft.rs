@@ -98,7 +98,9 @@ impl Adapter {
             .collect();
         let views = tensors
             .iter()
-            .map(|(name, (shape, bytes))| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+            .map(|(name, (shape, bytes))| {
+                TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
+            })
             .collect::<Result<Vec<_>, _>>()?;
         safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
     }

@@ -97,7 +97,8 @@ pub(super) fn forward(
                 let sum = rows::softmax(row, block.visible + i, shape.scale());
                 let at = (block.first + i) * shape.heads + head;
                 // SAFETY: one task per row and head.
-                unsafe { logsumexp.slice(at..at + 1) }[0] = sum;
+                let saved = unsafe { logsumexp.slice(at..at + 1) };
+                saved[0] = sum;
             }
             let at = query.row(block.first);
             // SAFETY: one task per block of rows and head.

@@ -38,10 +38,8 @@ pub(super) fn cross_entropy(
         let values = first * c..(first + targets.len()) * c;
         let logits = &mut scratch[..targets.len() * vocabulary];
         linear::forward(cpu, logits, &hidden[values.clone()], head, Write::Overwrite);
-        let mut sums = vec![0.0f64; targets.len()];
         let scale = gradient.as_ref().map(|(_, scale)| *scale);
-        loss_rows(cpu, logits, &mut sums, targets, scale);
-        nll.copy_from_slice(&sums);
+        loss_rows(cpu, logits, nll, targets, scale);
         if let Some((dhidden, _)) = &mut gradient {
             linear::backward(cpu, &mut dhidden[values], logits, head, Write::Overwrite);
         }
