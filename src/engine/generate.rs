@@ -1,1 +1,3 @@
-//! To be written.
+//! Text generation. To be completed.
+
+mod sampling;
