@@ -5,7 +5,7 @@
 
 /// One stream of random numbers.
 #[derive(Debug, Clone)]
-pub struct Random {
+pub(crate) struct Random {
     state: u64,
 }
 
@@ -19,7 +19,7 @@ fn mix(value: u64) -> u64 {
 
 impl Random {
     /// The stream named by `parts`; order matters, and so does their number.
-    pub fn new(parts: &[u64]) -> Self {
+    pub(crate) fn new(parts: &[u64]) -> Self {
         let state = parts.iter().fold(mix(parts.len() as u64 ^ GOLDEN), |state, part| {
             mix(state.wrapping_add(GOLDEN) ^ mix(part.wrapping_add(GOLDEN)))
         });
@@ -27,13 +27,13 @@ impl Random {
     }
 
     /// The next 64 bits.
-    pub fn next_u64(&mut self) -> u64 {
+    pub(crate) fn next_u64(&mut self) -> u64 {
         self.state = self.state.wrapping_add(GOLDEN);
         mix(self.state)
     }
 
     /// An integer in 0..bound, each equally likely (Lemire 2019: multiply, reject the short remainder).
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         assert!(bound > 0, "BUG: an empty range has no member");
         let short = bound.wrapping_neg() % bound;
         loop {
@@ -45,12 +45,12 @@ impl Random {
     }
 
     /// A number in [0, 1) with 53 random bits.
-    pub fn unit(&mut self) -> f64 {
+    pub(crate) fn unit(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Puts `items` into a random order (Fisher-Yates, from the back).
-    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, self.below(last as u64 + 1) as usize);
         }

@@ -12,7 +12,7 @@ const SHUFFLE: u64 = 0x0053_4855_4646_4c45;
 
 /// The rows of every optimizer step of a run.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub(super) struct Plan {
     rows: usize,
     batch_examples: usize,
     epochs: usize,
@@ -22,33 +22,33 @@ pub struct Plan {
 
 impl Plan {
     /// A run over `rows` rows, `batch_examples` to a step (the last step of an epoch may have fewer).
-    pub fn new(rows: usize, batch_examples: usize, epochs: usize, seed: u64) -> Self {
+    pub(super) fn new(rows: usize, batch_examples: usize, epochs: usize, seed: u64) -> Self {
         assert!(rows > 0 && batch_examples > 0, "BUG: an empty plan");
         Self { rows, batch_examples, epochs, seed, order: None }
     }
 
     /// Optimizer steps of one epoch.
-    pub fn steps_per_epoch(&self) -> usize {
+    pub(super) fn steps_per_epoch(&self) -> usize {
         self.rows.div_ceil(self.batch_examples)
     }
 
     /// Optimizer steps of the run.
-    pub fn total_steps(&self) -> usize {
+    pub(super) fn total_steps(&self) -> usize {
         self.steps_per_epoch() * self.epochs
     }
 
     /// The epoch, from 0, that step `step` (from 0) is in.
-    pub fn epoch_of(&self, step: usize) -> usize {
+    pub(super) fn epoch_of(&self, step: usize) -> usize {
         step / self.steps_per_epoch()
     }
 
     /// True if `done` steps end an epoch.
-    pub fn ends_epoch(&self, done: usize) -> bool {
+    pub(super) fn ends_epoch(&self, done: usize) -> bool {
         done.is_multiple_of(self.steps_per_epoch())
     }
 
     /// The rows of step `step` (from 0), in the epoch's order.
-    pub fn rows_of(&mut self, step: usize) -> &[usize] {
+    pub(super) fn rows_of(&mut self, step: usize) -> &[usize] {
         let epoch = self.epoch_of(step);
         let start = step % self.steps_per_epoch() * self.batch_examples;
         let end = (start + self.batch_examples).min(self.rows);
@@ -59,7 +59,7 @@ impl Plan {
 }
 
 /// The order of `rows` rows in epoch `epoch`: a permutation that depends on nothing else but the seed.
-pub fn epoch_order(rows: usize, seed: u64, epoch: usize) -> Vec<usize> {
+pub(super) fn epoch_order(rows: usize, seed: u64, epoch: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..rows).collect();
     Random::new(&[SHUFFLE, seed, epoch as u64]).shuffle(&mut order);
     order
@@ -67,7 +67,7 @@ pub fn epoch_order(rows: usize, seed: u64, epoch: usize) -> Vec<usize> {
 
 /// Groups rows of `lengths` tokens into packs of at most `pack_tokens`: first-fit decreasing, equal lengths in
 /// their given order. Each pack lists indices into `lengths`; a row longer than a pack is alone in its own.
-pub fn pack(lengths: &[usize], pack_tokens: usize) -> Vec<Vec<usize>> {
+pub(super) fn pack(lengths: &[usize], pack_tokens: usize) -> Vec<Vec<usize>> {
     let mut longest_first: Vec<usize> = (0..lengths.len()).collect();
     longest_first.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
     let mut packs: Vec<(usize, Vec<usize>)> = Vec::new();

@@ -39,33 +39,36 @@ pub struct CheckpointFolder {
     pub identity: String,
 }
 
-/// The state of a run after `step` steps.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Checkpoint {
+/// What a checkpoint says before its values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Header {
     /// Digest of options, rows and base: only a run with the same one may go on from here.
-    pub identity: String,
-    pub step: usize,
-    pub losses: Vec<StepRecord>,
-    pub evals: Vec<EvalRecord>,
-    pub warnings: Vec<String>,
-    /// Adapter values (P), tensors one after another.
-    pub adapter: Vec<f32>,
-    /// AdamW's moments (P).
-    pub first: Vec<f32>,
-    pub second: Vec<f32>,
-    /// The adapter (P) with the lowest validation loss, where that one is to be kept.
-    pub best: Option<Vec<f32>>,
+    pub(super) identity: String,
+    /// Steps done.
+    pub(super) step: usize,
+    pub(super) losses: Vec<StepRecord>,
+    pub(super) evals: Vec<EvalRecord>,
+    pub(super) warnings: Vec<String>,
+    /// P: values of one section.
+    pub(super) parameters: usize,
+    /// 3, or 4 with the best adapter.
+    pub(super) sections: usize,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Header {
-    identity: String,
-    step: usize,
-    losses: Vec<StepRecord>,
-    evals: Vec<EvalRecord>,
-    warnings: Vec<String>,
-    parameters: usize,
-    sections: usize,
+/// A checkpoint that was read.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Checkpoint {
+    pub(super) header: Header,
+    /// P values each: the adapter, AdamW's first and second moments, and perhaps the best adapter.
+    pub(super) sections: Vec<Vec<f32>>,
+}
+
+/// What a folder holds for a run.
+pub(super) struct Found {
+    /// The newest checkpoint of the run.
+    pub(super) newest: Option<Checkpoint>,
+    /// Newer files, and why each was passed over.
+    pub(super) passed_over: Vec<(PathBuf, Unusable)>,
 }
 
 /// Why a file is not a checkpoint to go on from.
@@ -83,12 +86,17 @@ pub(super) enum Unusable {
 
 impl CheckpointFolder {
     /// Writes a checkpoint so that a crash leaves it whole or absent, then removes all but the newest two.
-    pub(super) fn write(&self, checkpoint: &Checkpoint) -> std::io::Result<()> {
+    /// `values` are the sections one after another, in any number of slices.
+    pub(super) fn write<'a>(
+        &self,
+        header: &Header,
+        values: impl Iterator<Item = &'a [f32]>,
+    ) -> std::io::Result<()> {
         fs::create_dir_all(&self.dir)?;
-        let name = format!("step-{:08}.ckpt", checkpoint.step);
+        let name = format!("step-{:08}.ckpt", header.step);
         let temporary = self.dir.join(format!("{name}.tmp"));
         let mut file = fs::File::create(&temporary)?;
-        file.write_all(&checkpoint.encode()?)?;
+        encode(header, values, &mut file)?;
         file.sync_all()?;
         fs::rename(&temporary, self.dir.join(name))?;
         // The rename itself must survive a power cut.
@@ -96,20 +104,16 @@ impl CheckpointFolder {
         self.prune()
     }
 
-    /// The newest checkpoint of the run `identity` with `parameters` values, and why newer files were passed over.
-    pub(super) fn newest(
-        &self,
-        identity: &str,
-        parameters: usize,
-    ) -> std::io::Result<(Option<Checkpoint>, Vec<(PathBuf, Unusable)>)> {
+    /// The newest checkpoint of the run `identity` with `parameters` values.
+    pub(super) fn newest(&self, identity: &str, parameters: usize) -> std::io::Result<Found> {
         let mut passed_over = Vec::new();
         for path in self.files()?.into_iter().rev() {
             match Checkpoint::read(&path, identity, parameters) {
-                Ok(checkpoint) => return Ok((Some(checkpoint), passed_over)),
+                Ok(checkpoint) => return Ok(Found { newest: Some(checkpoint), passed_over }),
                 Err(reason) => passed_over.push((path, reason)),
             }
         }
-        Ok((None, passed_over))
+        Ok(Found { newest: None, passed_over })
     }
 
     /// Finished checkpoint files, oldest step first.
@@ -138,37 +142,30 @@ impl CheckpointFolder {
     }
 }
 
+/// Writes the whole file to `out`, slice by slice: an adapter may have hundreds of megabytes.
+fn encode<'a>(
+    header: &Header,
+    values: impl Iterator<Item = &'a [f32]>,
+    out: &mut impl Write,
+) -> std::io::Result<()> {
+    let text = serde_json::to_vec(header)?;
+    let text_bytes = u32::try_from(text.len()).map_err(std::io::Error::other)?;
+    let mut digest = blake3::Hasher::new();
+    let mut put = |bytes: &[u8]| {
+        digest.update(bytes);
+        out.write_all(bytes)
+    };
+    put(&[&MAGIC[..], &VERSION.to_le_bytes(), &text_bytes.to_le_bytes(), &text].concat())?;
+    let mut count = 0;
+    for slice in values {
+        count += slice.len();
+        put(&slice.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())?;
+    }
+    assert_eq!(count, header.parameters * header.sections, "BUG: sections are missing values");
+    out.write_all(digest.finalize().as_bytes())
+}
+
 impl Checkpoint {
-    fn sections(&self) -> impl Iterator<Item = &Vec<f32>> {
-        [&self.adapter, &self.first, &self.second].into_iter().chain(&self.best)
-    }
-
-    fn encode(&self) -> std::io::Result<Vec<u8>> {
-        let parameters = self.adapter.len();
-        assert!(self.sections().all(|section| section.len() == parameters), "BUG: sections differ in length");
-        let header = serde_json::to_vec(&Header {
-            identity: self.identity.clone(),
-            step: self.step,
-            losses: self.losses.clone(),
-            evals: self.evals.clone(),
-            warnings: self.warnings.clone(),
-            parameters,
-            sections: self.sections().count(),
-        })?;
-        let header_bytes = u32::try_from(header.len()).map_err(std::io::Error::other)?;
-        let mut bytes = Vec::with_capacity(PREFIX_BYTES + header.len() + 16 * parameters + DIGEST_BYTES);
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&header_bytes.to_le_bytes());
-        bytes.extend_from_slice(&header);
-        for section in self.sections() {
-            bytes.extend(section.iter().flat_map(|value| value.to_le_bytes()));
-        }
-        let digest = blake3::hash(&bytes);
-        bytes.extend_from_slice(digest.as_bytes());
-        Ok(bytes)
-    }
-
     fn read(path: &Path, identity: &str, parameters: usize) -> Result<Self, Unusable> {
         Self::decode(&fs::read(path)?, identity, parameters)
     }
@@ -193,24 +190,12 @@ impl Checkpoint {
         if !(3..=4).contains(&header.sections) || values.len() != 4 * parameters * header.sections {
             return Err(Unusable::Damaged);
         }
-        let section = |index: usize| -> Vec<f32> {
-            let bytes = &values[4 * parameters * index..4 * parameters * (index + 1)];
-            bytes
-                .chunks_exact(4)
-                .map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]]))
-                .collect()
-        };
-        Ok(Self {
-            identity: header.identity,
-            step: header.step,
-            losses: header.losses,
-            evals: header.evals,
-            warnings: header.warnings,
-            adapter: section(0),
-            first: section(1),
-            second: section(2),
-            best: (header.sections == 4).then(|| section(3)),
-        })
+        let numbers: Vec<f32> = values
+            .chunks_exact(4)
+            .map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]]))
+            .collect();
+        let sections = (0..header.sections).map(|index| numbers[index * parameters..][..parameters].to_vec());
+        Ok(Self { sections: sections.collect(), header })
     }
 }
 
@@ -230,17 +215,28 @@ mod tests {
             supervised_tokens: 3,
             seconds: 1.0 / 9.0,
         });
-        Checkpoint {
+        let header = Header {
             identity: "run".into(),
             step,
             losses: losses.collect(),
             evals: vec![EvalRecord { step, loss: 2.0f64.sqrt(), train_loss: 3.0f64.sqrt(), seconds: 0.1 }],
             warnings: vec!["a `gap`".into()],
-            adapter: vec![1.0, -0.0, f32::MIN_POSITIVE / 2.0],
-            first: vec![0.1, 0.2, 0.3],
-            second: vec![0.4, 0.5, 0.6],
-            best: None,
-        }
+            parameters: 3,
+            sections: 3,
+        };
+        let sections =
+            vec![vec![1.0, -0.0, f32::MIN_POSITIVE / 2.0], vec![0.1, 0.2, 0.3], vec![0.4, 0.5, 0.6]];
+        Checkpoint { header, sections }
+    }
+
+    fn write(folder: &CheckpointFolder, checkpoint: &Checkpoint) {
+        folder.write(&checkpoint.header, checkpoint.sections.iter().map(Vec::as_slice)).unwrap();
+    }
+
+    fn bytes_of(checkpoint: &Checkpoint) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        encode(&checkpoint.header, checkpoint.sections.iter().map(Vec::as_slice), &mut bytes).unwrap();
+        bytes
     }
 
     fn folder() -> (tempfile::TempDir, CheckpointFolder) {
@@ -252,13 +248,15 @@ mod tests {
     #[test]
     fn every_bit_comes_back() {
         let (_dir, folder) = folder();
-        let with_best = Checkpoint { best: Some(vec![7.0, 8.0, 9.0]), ..checkpoint(50) };
+        let mut with_best = checkpoint(50);
+        with_best.header.sections = 4;
+        with_best.sections.push(vec![7.0, 8.0, 9.0]);
         for written in [checkpoint(3), with_best] {
-            folder.write(&written).unwrap();
-            let (read, passed_over) = folder.newest("run", 3).unwrap();
+            write(&folder, &written);
+            let Found { newest: read, passed_over } = folder.newest("run", 3).unwrap();
             let read = read.unwrap();
             assert_eq!(read, written);
-            assert_eq!(read.adapter[1].to_bits(), (-0.0f32).to_bits());
+            assert_eq!(read.sections[0][1].to_bits(), (-0.0f32).to_bits());
             assert!(passed_over.is_empty());
         }
     }
@@ -266,20 +264,18 @@ mod tests {
     #[test]
     fn random_floats_survive_the_header() {
         let mut random = crate::random::Random::new(&[1]);
-        let losses: Vec<StepRecord> = std::iter::repeat_with(|| random.unit() * 10.0)
-            .take(2000)
-            .map(|loss| StepRecord { loss, ..checkpoint(1).losses[0].clone() })
-            .collect();
-        let written = Checkpoint { losses, ..checkpoint(1) };
-        let read = Checkpoint::decode(&written.encode().unwrap(), "run", 3).unwrap();
-        assert_eq!(read.losses, written.losses);
+        let mut written = checkpoint(2000);
+        for record in &mut written.header.losses {
+            record.loss = random.unit() * 10.0;
+        }
+        assert_eq!(Checkpoint::decode(&bytes_of(&written), "run", 3).unwrap(), written);
     }
 
     #[test]
     fn only_the_newest_two_stay() {
         let (_dir, folder) = folder();
         for step in [1, 2, 9, 10] {
-            folder.write(&checkpoint(step)).unwrap();
+            write(&folder, &checkpoint(step));
         }
         let names: Vec<_> =
             folder.files().unwrap().iter().map(|path| path.file_name().unwrap().to_owned()).collect();
@@ -288,7 +284,7 @@ mod tests {
 
     #[test]
     fn any_altered_or_missing_byte_is_seen() {
-        let bytes = checkpoint(1).encode().unwrap();
+        let bytes = bytes_of(&checkpoint(1));
         for index in 0..bytes.len() {
             let mut altered = bytes.clone();
             altered[index] ^= 0x40;
@@ -300,13 +296,13 @@ mod tests {
     #[test]
     fn torn_newest_falls_back_to_the_one_before() {
         let (_dir, folder) = folder();
-        folder.write(&checkpoint(4)).unwrap();
-        folder.write(&checkpoint(8)).unwrap();
+        write(&folder, &checkpoint(4));
+        write(&folder, &checkpoint(8));
         let newest = folder.dir.join("step-00000008.ckpt");
         let bytes = fs::read(&newest).unwrap();
         fs::write(&newest, &bytes[..bytes.len() / 2]).unwrap();
-        let (read, passed_over) = folder.newest("run", 3).unwrap();
-        assert_eq!(read.unwrap().step, 4);
+        let Found { newest: read, passed_over } = folder.newest("run", 3).unwrap();
+        assert_eq!(read.unwrap().header.step, 4);
         assert_eq!(passed_over.len(), 1);
         assert!(matches!(passed_over[0].1, Unusable::Damaged));
     }
@@ -314,9 +310,9 @@ mod tests {
     #[test]
     fn another_run_s_checkpoint_is_passed_over() {
         let (_dir, folder) = folder();
-        folder.write(&checkpoint(4)).unwrap();
+        write(&folder, &checkpoint(4));
         for (identity, parameters) in [("other", 3), ("run", 4)] {
-            let (read, passed_over) = folder.newest(identity, parameters).unwrap();
+            let Found { newest: read, passed_over } = folder.newest(identity, parameters).unwrap();
             assert!(read.is_none());
             assert!(matches!(passed_over[0].1, Unusable::Foreign));
         }
@@ -325,9 +321,9 @@ mod tests {
     #[test]
     fn unfinished_writes_are_not_seen() {
         let (_dir, folder) = folder();
-        folder.write(&checkpoint(4)).unwrap();
+        write(&folder, &checkpoint(4));
         fs::write(folder.dir.join("step-00000005.ckpt.tmp"), b"half").unwrap();
-        let (read, passed_over) = folder.newest("run", 3).unwrap();
-        assert_eq!((read.unwrap().step, passed_over.len()), (4, 0));
+        let Found { newest: read, passed_over } = folder.newest("run", 3).unwrap();
+        assert_eq!((read.unwrap().header.step, passed_over.len()), (4, 0));
     }
 }

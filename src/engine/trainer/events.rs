@@ -61,7 +61,7 @@ pub struct TrainReport {
     pub steps: usize,
     /// Optimizer steps planned; more than `steps` if the run stopped early.
     pub planned_steps: usize,
-    /// Mean training loss of the last steps, those since the last evaluation but one.
+    /// Training loss over the last epoch's worth of steps.
     pub train_loss: f64,
     /// Loss on the validation rows of the adapter that is kept; none without validation rows.
     pub eval_loss: Option<f64>,

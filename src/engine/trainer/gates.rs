@@ -55,7 +55,7 @@ impl Gates {
 }
 
 /// Index of the evaluation with the lowest loss; the first of equals.
-pub fn best(evals: &[EvalRecord]) -> Option<usize> {
+pub(super) fn best(evals: &[EvalRecord]) -> Option<usize> {
     (0..evals.len()).min_by(|&left, &right| evals[left].loss.total_cmp(&evals[right].loss))
 }
 
