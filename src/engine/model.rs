@@ -39,10 +39,5 @@ pub enum RopeScaling {
     /// Every frequency divided by `factor`.
     Linear { factor: f32 },
     /// Llama 3.1's bands.
-    Llama3 {
-        factor: f32,
-        low_freq_factor: f32,
-        high_freq_factor: f32,
-        original_max_position_embeddings: usize,
-    },
+    Llama3 { factor: f32, low_freq_factor: f32, high_freq_factor: f32, original_max_position_embeddings: usize },
 }
