@@ -1,5 +1,314 @@
-//! What a model is: its description and its blocks. To be completed.
+//! A language model ready to train an adapter on or to generate with: weights, description and backend. The
+//! face of the room: [`Model`] decides what runs; `decoder` and `blocks` compute; `pack` says what goes in.
+//! Knows nothing of optimizers, schedules, texts or sampling.
+//!
+//! ```text
+//! Pack ──► embed ──► layer ──► … ──► layer ──► norm ──► head ──► loss      (backward runs the same way back)
+//!                      └── blocks: norm, attention, norm, mlp, each linear with its LoRA pair
+//! ```
 
+use std::path::Path;
+
+use thiserror::Error;
+
+use crate::adapter::{Adapter, Gradients};
+use crate::backend::{Backend, BackendKind, Compute, Span};
+use crate::format::Checkpoint;
+use crate::matrix::Matrix;
+
+mod blocks;
+mod cache;
 pub mod config;
+mod decoder;
+mod llama;
+mod pack;
+mod workspace;
 
+pub use cache::KvCache;
 pub use config::{ModelConfig, Rope, RopeScaling};
+pub use pack::{Pack, PackLoss, SequenceLoss};
+pub use workspace::Workspace;
+
+use blocks::Pass;
+use decoder::{Decoder, Keep};
+
+/// Why a model cannot be opened or a pass cannot be computed.
+#[derive(Debug, Error)]
+pub enum ModelError {
+    /// The checkpoint cannot be read, or lacks a tensor.
+    #[error(transparent)]
+    Format(#[from] crate::format::FormatError),
+    /// No such family is known.
+    #[error("model type `{model_type}` is not supported; known: {known}")]
+    UnknownFamily { model_type: String, known: &'static str },
+    /// A number of the description makes no sense.
+    #[error("the model's `{field}` is {value}, which does not work: {reason}")]
+    Config { field: &'static str, value: usize, reason: &'static str },
+    /// A tensor's shape contradicts the description.
+    #[error("`{tensor}` has shape {got:?}, expected {expected:?} from the model's description")]
+    Shape { tensor: String, got: Vec<usize>, expected: Vec<usize> },
+    /// A token that the model has no embedding for.
+    #[error("token {token} is beyond the vocabulary of {vocabulary}; do tokenizer and model belong together?")]
+    Token { token: u32, vocabulary: usize },
+    /// A row that the pack does not have.
+    #[error("row {row} is beyond the pack's {tokens} tokens")]
+    Row { row: usize, tokens: usize },
+    /// The adapter was made for other linear layers.
+    #[error("the adapter does not fit this model's linear layers")]
+    AdapterMismatch,
+    /// The gradients are those of another adapter.
+    #[error("the gradients do not have the adapter's shapes")]
+    GradientMismatch,
+    /// The cache was made for another model or number of sequences.
+    #[error("the cache holds {expected} sequences, got tokens for {got}")]
+    CacheSequences { expected: usize, got: usize },
+    /// More tokens than the cache has room for.
+    #[error("sequence {sequence} would have {tokens} tokens, but the cache has room for {capacity}")]
+    CacheFull { sequence: usize, tokens: usize, capacity: usize },
+    /// A value became infinite or not a number.
+    #[error("`{name}` is not finite; lower the learning rate, or check the base model's weights")]
+    NotFinite { name: String },
+}
+
+/// Reads tensors by Hugging Face's names: how a family's builder gets its weights.
+pub(crate) struct Tensors<'a> {
+    pub(crate) matrix: &'a dyn Fn(&str) -> Result<Matrix, ModelError>,
+    pub(crate) vector: &'a dyn Fn(&str) -> Result<Vec<f32>, ModelError>,
+}
+
+/// A family of models: its `model_type` and how its decoder is assembled.
+type Family = (&'static str, fn(&ModelConfig, &Tensors<'_>) -> Result<Decoder, ModelError>);
+
+/// Every family. One line each.
+const FAMILIES: &[Family] = &[("llama", llama::decoder)];
+const FAMILY_NAMES: &str = "llama";
+
+/// Weights, description and backend.
+pub struct Model {
+    config: ModelConfig,
+    decoder: Decoder,
+    backend: Box<dyn Backend>,
+}
+
+impl Model {
+    /// Opens a checkpoint (a folder or a file of any supported format).
+    ///
+    /// # Errors
+    /// The checkpoint cannot be read or does not fit its own description.
+    pub fn open(path: &Path, device: &Compute) -> Result<Self, ModelError> {
+        Self::from_checkpoint(&Checkpoint::open(path)?, device)
+    }
+
+    /// The model of an open checkpoint.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_checkpoint(checkpoint: &Checkpoint, device: &Compute) -> Result<Self, ModelError> {
+        let tensors = Tensors {
+            matrix: &|name| Ok(checkpoint.matrix(name)?),
+            vector: &|name| Ok(checkpoint.vector(name)?),
+        };
+        Self::assemble(checkpoint.config().clone(), &tensors, device)
+    }
+
+    /// A model from tensors read by name.
+    pub(crate) fn assemble(
+        config: ModelConfig,
+        tensors: &Tensors<'_>,
+        device: &Compute,
+    ) -> Result<Self, ModelError> {
+        let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
+        let Some((_, build)) = family else {
+            return Err(ModelError::UnknownFamily { model_type: config.model_type, known: FAMILY_NAMES });
+        };
+        let decoder = build(&config, tensors)?;
+        Ok(Self { config, decoder, backend: device.backend() })
+    }
+
+    /// The model's description.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The numerics class: results of one class are equal bit for bit.
+    pub fn numerics(&self) -> String {
+        crate::backend::numerics(self.backend.kind())
+    }
+
+    /// The kind of backend that computes.
+    pub fn backend_kind(&self) -> BackendKind {
+        self.backend.kind()
+    }
+
+    /// Full name, out features and in features of each linear layer an adapter can sit on, in the order of
+    /// the forward pass.
+    pub fn linear_names(&self) -> Vec<(String, usize, usize)> {
+        self.decoder.linears().map(|linear| (linear.name.clone(), linear.weight.rows, linear.weight.cols)).collect()
+    }
+
+    /// Forward and backward over one pack: adds to `gradients` the gradient of `scale` * sum of the negative
+    /// log-likelihoods of the supervised targets.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`] names the first bad activation or gradient; the gradients are then useless.
+    pub fn loss_and_gradients(
+        &self,
+        adapter: &Adapter,
+        pack: &Pack,
+        scale: f32,
+        gradients: &mut Gradients,
+        workspace: &mut Workspace,
+    ) -> Result<PackLoss, ModelError> {
+        self.check(Some(adapter), &pack.tokens)?;
+        if !gradients.fit(adapter) {
+            return Err(ModelError::GradientMismatch);
+        }
+        let rows = pack.supervised_rows();
+        if rows.is_empty() {
+            return Ok(PackLoss { nll: 0.0, supervised: 0 });
+        }
+        let losses = self.inside(|| {
+            let (positions, spans) = pack.layout();
+            workspace.rope.prepare(&self.decoder.rope, &positions);
+            let pass = self.pass(Some(adapter), &positions, &spans);
+            self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
+            let losses = self.decoder.loss(&pass, pack, &rows, Some(scale), workspace)?;
+            self.decoder.backward(&pass, gradients, workspace)?;
+            Ok::<_, ModelError>(losses)
+        })?;
+        if let Some(name) = gradients.first_not_finite() {
+            return Err(ModelError::NotFinite { name: format!("gradient of {name}") });
+        }
+        Ok(PackLoss { nll: losses.iter().sum(), supervised: rows.len() })
+    }
+
+    /// The loss of each sequence of a pack; forward only.
+    ///
+    /// # Errors
+    /// As [`Model::loss_and_gradients`].
+    pub fn loss(
+        &self,
+        adapter: Option<&Adapter>,
+        pack: &Pack,
+        workspace: &mut Workspace,
+    ) -> Result<Vec<SequenceLoss>, ModelError> {
+        let rows = pack.supervised_rows();
+        self.forward_pack(adapter, pack, workspace, Keep::One)?;
+        let losses = self.inside(|| {
+            let pass = self.pass(adapter, &[], &[]);
+            self.decoder.loss(&pass, pack, &rows, None, workspace)
+        })?;
+        Ok(pack.by_sequence(&rows, &losses))
+    }
+
+    /// Logits (rows, V) of the given rows of a pack.
+    ///
+    /// # Errors
+    /// As [`Model::loss_and_gradients`], and a row beyond the pack.
+    pub fn logits(
+        &self,
+        adapter: Option<&Adapter>,
+        pack: &Pack,
+        rows: &[usize],
+        workspace: &mut Workspace,
+    ) -> Result<Vec<f32>, ModelError> {
+        if let Some(&row) = rows.iter().find(|row| **row >= pack.tokens.len()) {
+            return Err(ModelError::Row { row, tokens: pack.tokens.len() });
+        }
+        self.forward_pack(adapter, pack, workspace, Keep::One)?;
+        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), rows, workspace)))
+    }
+
+    /// The residual stream (T,C) before each layer, and last the normed stream before the head: what Hugging
+    /// Face calls `hidden_states`.
+    ///
+    /// # Errors
+    /// As [`Model::loss_and_gradients`].
+    pub fn hidden_states(
+        &self,
+        adapter: Option<&Adapter>,
+        pack: &Pack,
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Vec<f32>>, ModelError> {
+        self.forward_pack(adapter, pack, workspace, Keep::All)?;
+        let rows: Vec<usize> = (0..pack.tokens.len()).collect();
+        Ok(self.inside(|| self.decoder.hidden_states(&self.pass(adapter, &[], &[]), &rows, workspace)))
+    }
+
+    /// An empty cache for `sequences` sequences of up to `capacity` tokens each.
+    pub fn new_cache(&self, sequences: usize, capacity: usize) -> KvCache {
+        let width = self.config.num_key_value_heads * self.config.head_dim;
+        KvCache::new(self.config.num_hidden_layers, width, sequences, capacity)
+    }
+
+    /// Feeds new tokens to each sequence of the cache (many: prefill; one: a decoding step; none: the
+    /// sequence stays as it is). Gives the logits (V) of the last fed token of each sequence that advanced.
+    ///
+    /// # Errors
+    /// No room left, a token beyond the vocabulary, or a value that is not finite; the cache is then unchanged.
+    pub fn extend(
+        &self,
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        tokens: &[&[u32]],
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Option<Vec<f32>>>, ModelError> {
+        let layout = cache.layout(tokens)?;
+        let fed: Vec<u32> = tokens.concat();
+        self.check(adapter, &fed)?;
+        if fed.is_empty() {
+            return Ok(vec![None; tokens.len()]);
+        }
+        let logits = self.inside(|| {
+            workspace.rope.prepare(&self.decoder.rope, &layout.positions);
+            let pass = self.pass(adapter, &layout.positions, &layout.spans);
+            self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout.rows)))?;
+            Ok::<_, ModelError>(self.decoder.logits(&pass, &layout.last_rows(), workspace))
+        })?;
+        cache.advance(tokens);
+        let mut logits = logits.chunks_exact(self.config.vocab_size);
+        let next = |fed: &&[u32]| if fed.is_empty() { None } else { logits.next().map(<[f32]>::to_vec) };
+        Ok(tokens.iter().map(next).collect())
+    }
+
+    fn forward_pack(
+        &self,
+        adapter: Option<&Adapter>,
+        pack: &Pack,
+        workspace: &mut Workspace,
+        keep: Keep,
+    ) -> Result<(), ModelError> {
+        self.check(adapter, &pack.tokens)?;
+        self.inside(|| {
+            let (positions, spans) = pack.layout();
+            workspace.rope.prepare(&self.decoder.rope, &positions);
+            let pass = self.pass(adapter, &positions, &spans);
+            self.decoder.forward(&pass, &pack.tokens, workspace, keep, None)
+        })
+    }
+
+    fn pass<'a>(&'a self, adapter: Option<&'a Adapter>, positions: &'a [usize], spans: &'a [Span]) -> Pass<'a> {
+        Pass { backend: &*self.backend, adapter, positions, spans }
+    }
+
+    fn check(&self, adapter: Option<&Adapter>, tokens: &[u32]) -> Result<(), ModelError> {
+        let vocabulary = self.config.vocab_size;
+        if let Some(&token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+            return Err(ModelError::Token { token, vocabulary });
+        }
+        match adapter {
+            Some(adapter) if !adapter.fits(&self.linear_names()) => Err(ModelError::AdapterMismatch),
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs `work` where the backend's operations start cheapest.
+    fn inside<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        let (mut work, mut result) = (Some(work), None);
+        self.backend.enter(&mut || result = work.take().map(|work| work()));
+        result.expect("the backend runs the work once")
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! PEFT's two files: `adapter_config.json` and `adapter_model.safetensors`. Written byte for byte the same for
+//! the same adapter (keys sorted, f32 values); read with every tensor accounted for, so that an adapter that
+//! would apply to nothing, or only in part, is refused.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+use super::{Adapter, AdapterError, LinearName, Module, Targets, targets::leaf};
+use crate::model::Model;
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+/// The version of PEFT whose files these are.
+const PEFT_VERSION: &str = "0.21.2";
+
+/// The name of a module's tensor in PEFT's file; `half` is 'A' or 'B'.
+pub(super) fn key(module: &str, half: char) -> String {
+    format!("base_model.model.{module}.lora_{half}.weight")
+}
+
+impl Adapter {
+    /// Writes PEFT's two files into `folder`, which is made if missing. `base_name` is recorded as the base.
+    ///
+    /// # Errors
+    /// The folder or a file cannot be written.
+    pub fn save_peft(&self, folder: &Path, base_name: &str) -> Result<(), AdapterError> {
+        fs_err::create_dir_all(folder)?;
+        let config = serde_json::to_string_pretty(&self.peft_config(base_name))
+            .expect("a map with string keys is always JSON");
+        fs_err::write(folder.join(CONFIG), config + "\n")?;
+        let path = folder.join(TENSORS);
+        fs_err::write(&path, self.peft_tensors().map_err(|source| AdapterError::Tensors { path: path.clone(), source })?)?;
+        Ok(())
+    }
+
+    fn peft_config(&self, base_name: &str) -> BTreeMap<&'static str, Value> {
+        let whole = self.alpha.fract() == 0.0 && self.alpha.abs() < 1e9;
+        let alpha = if whole { json!(self.alpha as i64) } else { json!(self.alpha) };
+        BTreeMap::from([
+            ("alpha_pattern", json!({})),
+            ("base_model_name_or_path", json!(base_name)),
+            ("bias", json!("none")),
+            ("exclude_modules", Value::Null),
+            ("fan_in_fan_out", json!(false)),
+            ("inference_mode", json!(true)),
+            ("init_lora_weights", json!(true)),
+            ("layers_pattern", Value::Null),
+            ("layers_to_transform", Value::Null),
+            ("loftq_config", json!({})),
+            ("lora_alpha", alpha),
+            ("lora_bias", json!(false)),
+            ("lora_dropout", json!(0.0)),
+            ("modules_to_save", Value::Null),
+            ("peft_type", json!("LORA")),
+            ("peft_version", json!(PEFT_VERSION)),
+            ("r", json!(self.rank)),
+            ("rank_pattern", json!({})),
+            ("revision", Value::Null),
+            ("target_modules", json!(self.target_modules())),
+            ("task_type", json!("CAUSAL_LM")),
+            ("use_dora", json!(false)),
+            ("use_rslora", json!(self.rslora)),
+        ])
+    }
+
+    /// Last parts of names where all layers of that name are adapted, full names elsewhere; sorted.
+    fn target_modules(&self) -> Vec<String> {
+        let is_whole = |part: &str| {
+            let mut named = self.linears.iter().zip(&self.slots).filter(|((name, ..), _)| leaf(name) == part);
+            named.all(|(_, slot)| slot.is_some())
+        };
+        let name_of = |module: &Module| match leaf(&module.name) {
+            part if is_whole(part) => part.to_owned(),
+            _ => module.name.clone(),
+        };
+        let mut names: Vec<String> = self.modules.iter().map(name_of).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    fn peft_tensors(&self) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+        let bytes_of = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = self
+            .modules
+            .iter()
+            .flat_map(|module| {
+                let (input, out) = (module.a.len() / self.rank, module.b.len() / self.rank);
+                [
+                    (key(&module.name, 'A'), (vec![self.rank, input], bytes_of(&module.a))),
+                    (key(&module.name, 'B'), (vec![out, self.rank], bytes_of(&module.b))),
+                ]
+            })
+            .collect();
+        let views = tensors
+            .iter()
+            .map(|(name, (shape, bytes))| {
+                TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
+    }
+
+    /// Reads PEFT's two files from `folder` for `model`.
+    ///
+    /// # Errors
+    /// Files missing or malformed; a kind of adapter other than plain LoRA; a tensor that fits no layer, a
+    /// module that lacks a tensor, a targeted layer without a module, a wrong shape.
+    pub fn load_peft(folder: &Path, model: &Model) -> Result<Self, AdapterError> {
+        Self::load_peft_for(folder, model.linear_names())
+    }
+
+    /// As [`Adapter::load_peft`], from the names and shapes of the linear layers.
+    ///
+    /// # Errors
+    /// As [`Adapter::load_peft`].
+    pub fn load_peft_for(folder: &Path, linears: Vec<LinearName>) -> Result<Self, AdapterError> {
+        let config = PeftConfig::read(&folder.join(CONFIG))?;
+        let path = folder.join(TENSORS);
+        let bytes = fs_err::read(&path)?;
+        let tensors = SafeTensors::deserialize(&bytes)
+            .map_err(|source| AdapterError::Tensors { path: path.clone(), source })?;
+        let mut names: Vec<&str> = tensors.names();
+        names.sort_unstable();
+        let mut chosen = config.targets.choose(&linears)?;
+        for name in &names {
+            let known = |(module, ..): &LinearName| *name == key(module, 'A') || *name == key(module, 'B');
+            let Some(index) = linears.iter().position(known) else {
+                return Err(AdapterError::UnknownTensor { path, tensor: (*name).to_owned() });
+            };
+            chosen[index] = true;
+        }
+        let mut adapter = Self::zeros(linears, &chosen, config.rank, config.alpha, config.rslora)?;
+        let rank = adapter.rank;
+        for module in &mut adapter.modules {
+            let (input, out) = (module.a.len() / rank, module.b.len() / rank);
+            let halves = [('A', &mut module.a, [rank, input]), ('B', &mut module.b, [out, rank])];
+            for (half, values, shape) in halves {
+                let tensor = key(&module.name, half);
+                let Ok(view) = tensors.tensor(&tensor) else {
+                    return Err(AdapterError::MissingTensor { path, tensor });
+                };
+                read_tensor(&path, &tensor, &view, &shape, values)?;
+            }
+        }
+        Ok(adapter)
+    }
+}
+
+fn read_tensor(
+    path: &Path,
+    tensor: &str,
+    view: &TensorView<'_>,
+    shape: &[usize],
+    values: &mut [f32],
+) -> Result<(), AdapterError> {
+    if view.shape() != shape {
+        let (got, expected) = (view.shape().to_vec(), shape.to_vec());
+        return Err(AdapterError::Shape { path: path.to_owned(), tensor: tensor.to_owned(), got, expected });
+    }
+    let (data, values) = (view.data(), values.iter_mut());
+    match view.dtype() {
+        Dtype::F32 => values
+            .zip(data.chunks_exact(4))
+            .for_each(|(value, bytes)| *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])),
+        Dtype::BF16 => values
+            .zip(data.chunks_exact(2))
+            .for_each(|(value, bytes)| *value = bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32()),
+        Dtype::F16 => values
+            .zip(data.chunks_exact(2))
+            .for_each(|(value, bytes)| *value = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()),
+        other => {
+            let dtype = format!("{other:?}");
+            return Err(AdapterError::Dtype { path: path.to_owned(), tensor: tensor.to_owned(), dtype });
+        }
+    }
+    Ok(())
+}
+
+/// What of `adapter_config.json` decides values.
+struct PeftConfig {
+    rank: usize,
+    alpha: f32,
+    rslora: bool,
+    targets: Targets,
+}
+
+impl PeftConfig {
+    fn read(path: &Path) -> Result<Self, AdapterError> {
+        let text = fs_err::read_to_string(path)?;
+        let config_error = |source| AdapterError::Config { path: path.to_owned(), source };
+        let fields: Fields = serde_json::from_str(&text).map_err(config_error)?;
+        let unsupported = |key, value: &Value| AdapterError::Unsupported {
+            path: path.to_owned(),
+            key,
+            value: value.to_string(),
+        };
+        if fields.peft_type != "LORA" {
+            return Err(unsupported("peft_type", &json!(fields.peft_type)));
+        }
+        for (key, value) in [
+            ("use_dora", &fields.use_dora),
+            ("fan_in_fan_out", &fields.fan_in_fan_out),
+            ("lora_bias", &fields.lora_bias),
+            ("modules_to_save", &fields.modules_to_save),
+            ("rank_pattern", &fields.rank_pattern),
+            ("alpha_pattern", &fields.alpha_pattern),
+            ("layers_to_transform", &fields.layers_to_transform),
+            ("exclude_modules", &fields.exclude_modules),
+        ] {
+            if !is_unset(value) {
+                return Err(unsupported(key, value));
+            }
+        }
+        let targets = match &fields.target_modules {
+            Value::String(text) if text == "all-linear" => Targets::AllLinear,
+            Value::String(text) => Targets::Regex(text.clone()),
+            Value::Array(names) => {
+                Targets::Names(names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect())
+            }
+            other => return Err(unsupported("target_modules", other)),
+        };
+        Ok(Self { rank: fields.r, alpha: fields.lora_alpha, rslora: fields.use_rslora, targets })
+    }
+}
+
+/// The keys of `adapter_config.json` that are looked at.
+#[derive(serde::Deserialize)]
+struct Fields {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f32,
+    #[serde(default)]
+    use_rslora: bool,
+    target_modules: Value,
+    #[serde(default)]
+    use_dora: Value,
+    #[serde(default)]
+    fan_in_fan_out: Value,
+    #[serde(default)]
+    lora_bias: Value,
+    #[serde(default)]
+    modules_to_save: Value,
+    #[serde(default)]
+    rank_pattern: Value,
+    #[serde(default)]
+    alpha_pattern: Value,
+    #[serde(default)]
+    layers_to_transform: Value,
+    #[serde(default)]
+    exclude_modules: Value,
+}
+
+/// Null, false, and empty lists and maps all mean that an option is not used.
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(values) => values.is_empty(),
+        Value::Object(values) => values.is_empty(),
+        _ => false,
+    }
+}

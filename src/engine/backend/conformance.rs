@@ -1,0 +1,200 @@
+//! One suite for every backend: `Cpu` against the plain loops of `Reference` over ragged shapes and all
+//! encodings, and against itself under other thread counts, bit for bit.
+
+use super::{
+    AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, Lora, LoraGradient, Reference, RopeTable,
+    Rotation, Span, Write,
+};
+use crate::matrix::{Bytes, Matrix, Values};
+use crate::quant::Nf4;
+
+/// Values in ±1 that repeat for the same seed.
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// Runs `operation`, which gives its outputs, on the reference and on `Cpu` with 1, 2 and 3 threads.
+fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec<f32>>) {
+    let expected = operation(&Reference);
+    let one = operation(&Cpu::new(1));
+    for (index, (got, expected)) in one.iter().zip(&expected).enumerate() {
+        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        for (place, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let allowed = tolerance * (largest + 1e-3);
+            let error = (got - expected).abs();
+            assert!(error <= allowed, "{what}: output {index} at {place} is {got}, reference {expected}");
+        }
+    }
+    for threads in [2, 3] {
+        let bits = |outputs: &[Vec<f32>]| -> Vec<u32> { outputs.concat().into_iter().map(f32::to_bits).collect() };
+        assert_eq!(bits(&operation(&Cpu::new(threads))), bits(&one), "{what}: {threads} threads give other bits");
+    }
+}
+
+fn encodings(rows: usize, cols: usize) -> [(&'static str, Matrix); 4] {
+    let values = noise(1, rows * cols);
+    let bf16 = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
+    let f16 = values.iter().flat_map(|value| half::f16::from_f32(*value).to_le_bytes()).collect();
+    [
+        ("f32", Matrix::from_f32(rows, cols, &values)),
+        ("bf16", Matrix { rows, cols, values: Values::Bf16(Bytes::owned(bf16)) }),
+        ("f16", Matrix { rows, cols, values: Values::F16(Bytes::owned(f16)) }),
+        ("nf4", Matrix { rows, cols, values: Values::Nf4(Nf4::encode(&values)) }),
+    ]
+}
+
+#[test]
+fn linear_and_its_backward() {
+    for (tokens, n, k) in [(1, 1, 1), (1, 97, 70), (3, 100, 33), (70, 5, 576), (257, 193, 96), (9, 130, 1100)] {
+        for (encoding, weight) in encodings(n, k) {
+            for write in [Write::Overwrite, Write::Add] {
+                check(&format!("linear {tokens}x{n}x{k} {encoding}"), 1e-5, |backend| {
+                    let (mut y, mut dx) = (noise(2, tokens * n), noise(3, tokens * k));
+                    let (x, dy) = (noise(4, tokens * k), noise(5, tokens * n));
+                    backend.linear(&mut y, &x, &weight, write);
+                    backend.linear_backward(&mut dx, &dy, &weight, write);
+                    vec![y, dx]
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn lora_and_its_backward() {
+    for (tokens, n, k, rank) in [(1, 3, 5, 1), (65, 200, 30, 4), (130, 7, 193, 5), (300, 64, 64, 16)] {
+        check(&format!("lora {tokens}x{n}x{k} rank {rank}"), 2e-5, |backend| {
+            let (a, b) = (noise(1, rank * k), noise(2, n * rank));
+            let lora = Lora { a: &a, b: &b, rank, scale: 0.7 };
+            let (x, dy) = (noise(3, tokens * k), noise(4, tokens * n));
+            let (mut y, mut h) = (noise(5, tokens * n), vec![9.0; tokens * rank]);
+            backend.lora(&mut y, &mut h, &x, &lora);
+            let (mut da, mut db, mut dx) = (noise(6, rank * k), noise(7, n * rank), noise(8, tokens * k));
+            let mut dh = vec![9.0; tokens * rank];
+            let gradient = LoraGradient { da: &mut da, db: &mut db };
+            backend.lora_backward(gradient, Some(&mut dx), &mut dh, &dy, &x, &h, &lora);
+            let gradient = LoraGradient { da: &mut da, db: &mut db };
+            backend.lora_backward(gradient, None, &mut dh, &dy, &x, &h, &lora);
+            vec![y, h, da, db, dh, dx]
+        });
+    }
+}
+
+#[test]
+fn norm_and_its_backward() {
+    for (tokens, c) in [(1, 1), (3, 20), (70, 576), (33, 37)] {
+        check(&format!("norm {tokens}x{c}"), 1e-5, |backend| {
+            let (x, weight, dy) = (noise(1, tokens * c), noise(2, c), noise(3, tokens * c));
+            let (mut y, mut dx) = (vec![9.0; tokens * c], noise(4, tokens * c));
+            backend.rms_norm(&mut y, &x, &weight, 1e-5);
+            backend.rms_norm_backward(&mut dx, &dy, &x, &weight, 1e-5);
+            vec![y, dx]
+        });
+    }
+}
+
+#[test]
+fn elementwise_operations() {
+    for len in [1, 15, 16, 100, 40_003] {
+        check(&format!("elementwise {len}"), 1e-5, |backend| {
+            let wide = |seed| -> Vec<f32> { noise(seed, len).iter().map(|value| 20.0 * value).collect() };
+            let (mut gate, mut up, dy) = (wide(1), wide(2), noise(3, len));
+            let mut y = vec![9.0; len];
+            backend.swiglu(&mut y, &gate, &up);
+            backend.swiglu_backward(&mut gate, &mut up, &dy);
+            let mut sum = dy.clone();
+            backend.add(&mut sum, &y);
+            let mut biased = sum.clone();
+            backend.add_bias(&mut biased, &gate);
+            vec![y, gate, up, sum, biased]
+        });
+    }
+}
+
+#[test]
+fn rotation_and_back() {
+    let (heads, dim, positions) = (3, 10, [0, 1, 2, 0, 1, 7, 3]);
+    let angles = noise(1, 8 * dim / 2);
+    let table = RopeTable {
+        cos: angles.iter().map(|angle| angle.cos()).collect(),
+        sin: angles.iter().map(|angle| angle.sin()).collect(),
+    };
+    let x = noise(2, positions.len() * heads * dim);
+    check("rope", 1e-6, |backend| {
+        let mut there = x.clone();
+        backend.rope(&mut there, heads, dim, &table, &positions, Rotation::Forward);
+        let mut back = there.clone();
+        backend.rope(&mut back, heads, dim, &table, &positions, Rotation::Backward);
+        assert!(back.iter().zip(&x).all(|(back, x)| (back - x).abs() < 1e-5));
+        vec![there, back]
+    });
+}
+
+#[test]
+fn attention_and_its_backward() {
+    let cases: [(&[usize], usize, usize, usize); 4] =
+        [(&[1], 1, 1, 2), (&[3, 1, 70], 4, 2, 6), (&[130], 9, 3, 64), (&[64, 65, 2], 6, 1, 17)];
+    for (lengths, heads, kv_heads, head_dim) in cases {
+        let mut spans = Vec::new();
+        let mut tokens = 0;
+        for len in lengths {
+            spans.push(Span { queries: tokens..tokens + len, keys: tokens..tokens + len });
+            tokens += len;
+        }
+        let shape = AttentionShape { heads, kv_heads, head_dim, spans: &spans };
+        check(&format!("attention {lengths:?} {heads}/{kv_heads}x{head_dim}"), 2e-5, |backend| {
+            let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
+            let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
+            let (mut out, mut logsumexp) = (vec![9.0; width], vec![9.0; tokens * heads]);
+            backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
+            let (mut dq, mut dk, mut dv) = (vec![9.0; width], vec![9.0; kv_width], vec![9.0; kv_width]);
+            let gradient = AttentionGradient { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+            let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &out, logsumexp: &logsumexp };
+            backend.attention_backward(gradient, &noise(4, width), &saved, &shape, &mut Vec::new());
+            vec![out, logsumexp, dq, dk, dv]
+        });
+    }
+}
+
+#[test]
+fn attention_over_a_cache() {
+    let spans = [
+        Span { queries: 0..1, keys: 0..5 },
+        Span { queries: 1..71, keys: 10..100 },
+        Span { queries: 71..72, keys: 100..101 },
+    ];
+    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 6, spans: &spans };
+    check("cached attention", 1e-5, |backend| {
+        let (q, k, v) = (noise(1, 72 * 24), noise(2, 120 * 12), noise(3, 120 * 12));
+        let (mut out, mut logsumexp) = (vec![9.0; 72 * 24], vec![9.0; 72 * 4]);
+        backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
+        vec![out, logsumexp]
+    });
+}
+
+#[test]
+fn embedding_and_cross_entropy() {
+    for (rows, vocabulary, c) in [(1, 3, 2), (40, 1000, 33), (5, 97, 64)] {
+        for (encoding, head) in encodings(vocabulary, c) {
+            check(&format!("cross-entropy {rows}x{vocabulary}x{c} {encoding}"), 1e-5, |backend| {
+                let targets: Vec<u32> = (0..rows).map(|row| (row * 37 % vocabulary) as u32).collect();
+                let mut hidden = vec![9.0; rows * c];
+                backend.embed(&mut hidden, &head, &targets);
+                let (mut nll, mut again) = (vec![9.0; rows], vec![9.0; rows]);
+                let mut dhidden = vec![9.0; rows * c];
+                let gradient = Some((&mut dhidden[..], 0.3));
+                backend.cross_entropy(&mut nll, gradient, &hidden, &targets, &head, &mut Vec::new());
+                backend.cross_entropy(&mut again, None, &hidden, &targets, &head, &mut Vec::new());
+                assert_eq!(nll, again);
+                vec![hidden, nll.iter().map(|nll| *nll as f32).collect(), dhidden]
+            });
+        }
+    }
+}

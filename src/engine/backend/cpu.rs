@@ -1,0 +1,235 @@
+//! The fast backend on a CPU: every operation cut into tasks by shape alone, the tasks run on a pool of
+//! threads, each output written by one task. Weights are decoded tile by tile next to the product that uses
+//! them, once per pass over at most 256 tokens, and never stand in memory as a whole.
+//!
+//! Knows the operations' arithmetic but not the model that calls them. Products are the `gemm` crate's, which
+//! picks the instruction set itself; everything else is plain Rust compiled for several sets (`rows`), with
+//! sums in a fixed order of lanes, so only products depend on the instruction set.
+//!
+//! ```text
+//! linear ──► decode ──► product        attention ──► product + rows        entropy ──► linear + rows
+//! ```
+
+use rayon::prelude::*;
+
+use super::{
+    AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Lora, LoraGradient, RopeTable,
+    Rotation, Write,
+};
+use crate::matrix::Matrix;
+
+mod attention;
+mod decode;
+mod entropy;
+mod linear;
+mod product;
+mod rows;
+mod scratch;
+
+use product::Shared;
+
+/// Rows of activations a row-wise task takes.
+const TASK_ROWS: usize = 32;
+/// Values an elementwise task takes.
+const TASK_VALUES: usize = 16 * 1024;
+
+/// The vectorised backend with its own pool of threads.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: rayon::ThreadPool,
+}
+
+/// The instruction set of the products on this machine: `avx512`, `avx2`, `neon` or `portable`.
+pub(super) fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "avx2";
+        }
+        "portable"
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        "neon"
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        "portable"
+    }
+}
+
+impl Cpu {
+    /// A backend with `threads` threads, at least one.
+    pub fn new(threads: usize) -> Self {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.max(1))
+            .thread_name(|index| format!("tunesmith-cpu-{index}"))
+            .build()
+            .expect("the system can start a handful of threads");
+        Self { pool }
+    }
+
+    /// Runs tasks `0..tasks` in any order on the pool.
+    fn run(&self, tasks: usize, task: impl Fn(usize) + Send + Sync) {
+        match tasks {
+            0 => {}
+            1 => task(0),
+            _ => self.pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(task)),
+        }
+    }
+
+    /// Runs `task(start, rows)` over `values` cut at multiples of `step`.
+    fn run_over(&self, values: &mut [f32], step: usize, task: impl Fn(usize, &mut [f32]) + Send + Sync) {
+        let len = values.len();
+        let shared = Shared::new(values);
+        self.run(len.div_ceil(step), |index| {
+            let range = index * step..len.min((index + 1) * step);
+            let start = range.start;
+            // SAFETY: the ranges of different tasks do not overlap.
+            task(start, unsafe { shared.slice(range) });
+        });
+    }
+}
+
+impl Backend for Cpu {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Cpu
+    }
+
+    fn enter(&self, work: &mut (dyn FnMut() + Send)) {
+        self.pool.install(work);
+    }
+
+    fn linear(&self, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
+        linear::forward(self, y, x, weight, write);
+    }
+
+    fn linear_backward(&self, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
+        linear::backward(self, dx, dy, weight, write);
+    }
+
+    fn lora(&self, y: &mut [f32], h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
+        linear::lora_forward(self, y, h, x, lora);
+    }
+
+    fn lora_backward(
+        &self,
+        gradient: LoraGradient<'_>,
+        dx: Option<&mut [f32]>,
+        dh: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        h: &[f32],
+        lora: &Lora<'_>,
+    ) {
+        linear::lora_backward(self, gradient, dx, dh, dy, x, h, lora);
+    }
+
+    fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
+        self.run_over(y, TASK_ROWS * bias.len(), |_, rows| {
+            rows.chunks_exact_mut(bias.len()).for_each(|row| rows::add(row, bias));
+        });
+    }
+
+    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        assert_eq!(y.len(), x.len(), "BUG: shape of a norm");
+        self.run_over(y, TASK_ROWS * weight.len(), |start, y| {
+            rows::rms_norm(y, &x[start..start + y.len()], weight, epsilon);
+        });
+    }
+
+    fn rms_norm_backward(&self, dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        assert!(dx.len() == x.len() && dy.len() == x.len(), "BUG: shape of a norm");
+        self.run_over(dx, TASK_ROWS * weight.len(), |start, dx| {
+            let range = start..start + dx.len();
+            rows::rms_norm_backward(dx, &dy[range.clone()], &x[range], weight, epsilon);
+        });
+    }
+
+    fn rope(
+        &self,
+        x: &mut [f32],
+        heads: usize,
+        head_dim: usize,
+        table: &RopeTable,
+        positions: &[usize],
+        rotation: Rotation,
+    ) {
+        let width = heads * head_dim;
+        assert_eq!(x.len(), positions.len() * width, "BUG: shape of a rotation");
+        let sign = match rotation {
+            Rotation::Forward => 1.0,
+            Rotation::Backward => -1.0,
+        };
+        self.run_over(x, TASK_ROWS * width, |start, x| {
+            let positions = &positions[start / width..start / width + x.len() / width];
+            rows::rope(x, heads, head_dim, &table.cos, &table.sin, positions, sign);
+        });
+    }
+
+    fn attention(
+        &self,
+        out: &mut [f32],
+        logsumexp: &mut [f32],
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        shape: &AttentionShape<'_>,
+    ) {
+        attention::forward(self, out, logsumexp, q, k, v, shape);
+    }
+
+    fn attention_backward(
+        &self,
+        gradient: AttentionGradient<'_>,
+        dout: &[f32],
+        saved: &AttentionSaved<'_>,
+        shape: &AttentionShape<'_>,
+        scratch: &mut Vec<f32>,
+    ) {
+        attention::backward(self, gradient, dout, saved, shape, scratch);
+    }
+
+    fn swiglu(&self, y: &mut [f32], gate: &[f32], up: &[f32]) {
+        self.run_over(y, TASK_VALUES, |start, y| {
+            let range = start..start + y.len();
+            rows::swiglu(y, &gate[range.clone()], &up[range]);
+        });
+    }
+
+    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        assert!(gate.len() == dy.len() && up.len() == dy.len(), "BUG: shape of a gate");
+        let up = Shared::new(up);
+        self.run_over(gate, TASK_VALUES, |start, gate| {
+            let range = start..start + gate.len();
+            // SAFETY: the ranges are those of `gate`, which do not overlap.
+            rows::swiglu_backward(gate, unsafe { up.slice(range.clone()) }, &dy[range]);
+        });
+    }
+
+    fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]) {
+        self.run_over(y, TASK_ROWS * table.cols, |start, rows| {
+            let tokens = &tokens[start / table.cols..];
+            for (row, &token) in rows.chunks_exact_mut(table.cols).zip(tokens) {
+                table.decode(token as usize * table.cols, row);
+            }
+        });
+    }
+
+    fn cross_entropy(
+        &self,
+        nll: &mut [f64],
+        gradient: Option<(&mut [f32], f32)>,
+        hidden: &[f32],
+        targets: &[u32],
+        head: &Matrix,
+        scratch: &mut Vec<f32>,
+    ) {
+        entropy::cross_entropy(self, nll, gradient, hidden, targets, head, scratch);
+    }
+
+    fn add(&self, y: &mut [f32], x: &[f32]) {
+        assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
+        self.run_over(y, TASK_VALUES, |start, y| rows::add(y, &x[start..start + y.len()]));
+    }
+}

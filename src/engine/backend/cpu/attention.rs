@@ -1,0 +1,209 @@
+//! Causal attention with grouped heads over spans. A task is one (span, head, block of queries) forward and
+//! one (span, head) backward; scores of a block of queries against all keys it sees stand in scratch. The
+//! backward writes keys' and values' gradients per query head and then adds the heads of a group in order.
+
+use super::product::{Operand, Output, Shared, product};
+use super::{AttentionGradient, AttentionSaved, AttentionShape, Cpu, TASK_ROWS, Write, rows, scratch};
+use crate::backend::Span;
+
+/// Queries whose scores are in scratch at once.
+const BLOCK: usize = 64;
+
+/// Where the rows of one head begin and how far apart they lie.
+#[derive(Clone, Copy)]
+struct HeadAt {
+    offset: usize,
+    stride: usize,
+}
+
+impl HeadAt {
+    fn query(shape: &AttentionShape<'_>, head: usize) -> Self {
+        Self { offset: head * shape.head_dim, stride: shape.heads * shape.head_dim }
+    }
+
+    fn key(shape: &AttentionShape<'_>, head: usize) -> Self {
+        let group = shape.heads / shape.kv_heads;
+        Self { offset: head / group * shape.head_dim, stride: shape.kv_heads * shape.head_dim }
+    }
+
+    fn row(&self, row: usize) -> usize {
+        row * self.stride + self.offset
+    }
+
+    fn rows<'a>(&self, values: &'a [f32], first: usize) -> Operand<'a> {
+        Operand::rows(&values[self.row(first)..], self.stride)
+    }
+
+    fn columns<'a>(&self, values: &'a [f32], first: usize) -> Operand<'a> {
+        Operand::columns(&values[self.row(first)..], self.stride)
+    }
+}
+
+/// A block of queries of one span: its first row, its number of rows and the keys its last row sees.
+#[derive(Clone, Copy)]
+struct Block {
+    first: usize,
+    rows: usize,
+    /// Keys the first row of the block sees.
+    visible: usize,
+    key_first: usize,
+}
+
+impl Block {
+    fn of(span: &Span, index: usize) -> Self {
+        let past = span.keys.len() - span.queries.len();
+        let start = index * BLOCK;
+        let rows = BLOCK.min(span.queries.len() - start);
+        Self {
+            first: span.queries.start + start,
+            rows,
+            visible: past + start + 1,
+            key_first: span.keys.start,
+        }
+    }
+
+    fn keys(&self) -> usize {
+        self.visible + self.rows - 1
+    }
+}
+
+fn blocks(span: &Span) -> usize {
+    span.queries.len().div_ceil(BLOCK)
+}
+
+/// out = softmax(q kᵀ / sqrt(D), causal) v; saves log-sum-exp.
+pub(super) fn forward(
+    cpu: &Cpu,
+    out: &mut [f32],
+    logsumexp: &mut [f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    shape: &AttentionShape<'_>,
+) {
+    let tasks: Vec<(usize, Block)> = shape
+        .spans
+        .iter()
+        .flat_map(|span| (0..blocks(span)).rev().map(move |index| Block::of(span, index)))
+        .flat_map(|block| (0..shape.heads).map(move |head| (head, block)))
+        .collect();
+    let (out, logsumexp) = (Shared::new(out), Shared::new(logsumexp));
+    cpu.run(tasks.len(), |task| {
+        let (head, block) = tasks[task];
+        let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
+        scratch::with(block.rows * block.keys(), |scores| {
+            scores_of(scores, &block, q, k, query, key, shape.head_dim);
+            for (i, row) in scores.chunks_exact_mut(block.keys()).enumerate() {
+                let sum = rows::softmax(row, block.visible + i, shape.scale());
+                let at = (block.first + i) * shape.heads + head;
+                // SAFETY: one task per row and head.
+                let saved = unsafe { logsumexp.slice(at..at + 1) };
+                saved[0] = sum;
+            }
+            let at = query.row(block.first);
+            // SAFETY: one task per block of rows and head.
+            let mut out = unsafe { out.block(at, block.rows, shape.head_dim, query.stride) };
+            let scores = Operand::rows(scores, block.keys());
+            product(&mut out, block.keys(), 1.0, Write::Overwrite, scores, key.rows(v, block.key_first));
+        });
+    });
+}
+
+/// scores (rows, keys) = q · kᵀ of a block.
+fn scores_of(
+    scores: &mut [f32],
+    block: &Block,
+    q: &[f32],
+    k: &[f32],
+    query: HeadAt,
+    key: HeadAt,
+    head_dim: usize,
+) {
+    let mut out = Output::of(scores, block.rows, block.keys());
+    let (q, k) = (query.rows(q, block.first), key.columns(k, block.key_first));
+    product(&mut out, head_dim, 1.0, Write::Overwrite, q, k);
+}
+
+/// dq, dk, dv; see [`crate::backend::Backend::attention_backward`].
+pub(super) fn backward(
+    cpu: &Cpu,
+    gradient: AttentionGradient<'_>,
+    dout: &[f32],
+    saved: &AttentionSaved<'_>,
+    shape: &AttentionShape<'_>,
+    scratch: &mut Vec<f32>,
+) {
+    let (dim, kv_width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    let tokens = saved.k.len() / kv_width;
+    let size = shape.heads * tokens * dim;
+    if scratch.len() < 2 * size {
+        scratch.resize(2 * size, 0.0);
+    }
+    let (dk_heads, dv_heads) = scratch[..2 * size].split_at_mut(size);
+    let (dk_shared, dv_shared) = (Shared::new(dk_heads), Shared::new(dv_heads));
+    let dq = Shared::new(gradient.dq);
+    cpu.run(shape.spans.len() * shape.heads, |task| {
+        let (span, head) = (&shape.spans[task / shape.heads], task % shape.heads);
+        assert_eq!(span.queries, span.keys, "BUG: backward over cached keys");
+        let keys = (head * tokens + span.keys.start) * dim..(head * tokens + span.keys.end) * dim;
+        // SAFETY: one task per span and head, and each writes only its own rows of its own head.
+        let (dk, dv) = unsafe { (dk_shared.slice(keys.clone()), dv_shared.slice(keys)) };
+        dk.fill(0.0);
+        dv.fill(0.0);
+        for index in 0..blocks(span) {
+            let block = Block::of(span, index);
+            let at = HeadAt::query(shape, head).row(block.first);
+            // SAFETY: as above.
+            let mut dq = unsafe { dq.block(at, block.rows, dim, shape.heads * dim) };
+            block_backward(&mut dq, dk, dv, dout, saved, shape, head, &block);
+        }
+    });
+    let group = shape.heads / shape.kv_heads;
+    for (target, heads) in [(gradient.dk, &*dk_heads), (gradient.dv, &*dv_heads)] {
+        cpu.run_over(target, TASK_ROWS * kv_width, |start, rows| {
+            for (i, value) in rows.chunks_exact_mut(dim).enumerate() {
+                let (row, kv_head) = (start / kv_width + i / shape.kv_heads, i % shape.kv_heads);
+                value.fill(0.0);
+                for head in kv_head * group..(kv_head + 1) * group {
+                    let at = (head * tokens + row) * dim;
+                    rows::add(value, &heads[at..at + dim]);
+                }
+            }
+        });
+    }
+}
+
+/// dq (rows,D) of a block; adds to dk and dv (keys,D) of its head.
+fn block_backward(
+    dq: &mut Output<'_>,
+    dk: &mut [f32],
+    dv: &mut [f32],
+    dout: &[f32],
+    saved: &AttentionSaved<'_>,
+    shape: &AttentionShape<'_>,
+    head: usize,
+    block: &Block,
+) {
+    let (dim, keys) = (shape.head_dim, block.keys());
+    let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
+    scratch::with(2 * block.rows * keys, |both| {
+        let (probability, dscore) = both.split_at_mut(block.rows * keys);
+        scores_of(probability, block, saved.q, saved.k, query, key, dim);
+        scores_of(dscore, block, dout, saved.v, query, key, dim);
+        for i in 0..block.rows {
+            let row = block.first + i;
+            let at = query.row(row);
+            let delta = rows::dot(&dout[at..at + dim], &saved.out[at..at + dim]);
+            let logsumexp = saved.logsumexp[row * shape.heads + head];
+            let probability = &mut probability[i * keys..(i + 1) * keys];
+            rows::probabilities(probability, block.visible + i, shape.scale(), logsumexp);
+            rows::score_gradient(&mut dscore[i * keys..(i + 1) * keys], probability, delta, shape.scale());
+        }
+        let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
+        product(dq, keys, 1.0, Write::Overwrite, dscore_rows, key.rows(saved.k, block.key_first));
+        let q = query.rows(saved.q, block.first);
+        product(&mut Output::of(dk, keys, dim), block.rows, 1.0, Write::Add, dscore_columns, q);
+        let (probability, dout) = (Operand::columns(probability, keys), query.rows(dout, block.first));
+        product(&mut Output::of(dv, keys, dim), block.rows, 1.0, Write::Add, probability, dout);
+    });
+}

@@ -1,0 +1,281 @@
+//! Row-wise and elementwise loops, written so that the compiler vectorises them, each compiled for the
+//! baseline, AVX2 and AVX-512 and chosen at run time. No fused multiply-add and a fixed order of lanes: all
+//! versions give the same bits. Knows nothing of threads.
+
+/// Lanes of every sum: sixteen partial sums, added pairwise at the end.
+const LANES: usize = 16;
+
+/// Compiles one body for several instruction sets behind one safe function.
+macro_rules! vectorised {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)? $body:block) => {
+        $(#[$doc])*
+        pub(super) fn $name($($arg: $type),*) $(-> $result)? {
+            #[inline(always)]
+            fn body($($arg: $type),*) $(-> $result)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
+                fn avx512($($arg: $type),*) $(-> $result)? { body($($arg),*) }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $type),*) $(-> $result)? { body($($arg),*) }
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw") {
+                    // SAFETY: the CPU has these instructions.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the CPU has AVX2.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+
+/// e^x to about 2 units in the last place, without branches: Cephes' polynomial after reduction by ln 2.
+/// Below -87 it stays at the smallest normal number; NaN stays NaN.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5.000_000_1e-1;
+    let value = p * r * r + r + 1.0;
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(0x4B40_0000).wrapping_add(127);
+    value * f32::from_bits((exponent as u32) << 23)
+}
+
+#[inline(always)]
+fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Sum of `term(i)` over `0..len` in lanes.
+#[inline(always)]
+fn sum_of(len: usize, term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let whole = len / LANES * LANES;
+    for start in (0..whole).step_by(LANES) {
+        for lane in 0..LANES {
+            lanes[lane] += term(start + lane);
+        }
+    }
+    for i in whole..len {
+        lanes[i - whole] += term(i);
+    }
+    sum_lanes(lanes)
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    let len = a.len().min(b.len());
+    let (a, b) = (&a[..len], &b[..len]);
+    sum_of(len, |i| a[i] * b[i])
+}
+
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = values.chunks_exact(LANES);
+    for (i, &value) in chunks.remainder().iter().enumerate() {
+        lanes[i] = value;
+    }
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+vectorised! {
+    /// a · b.
+    fn dot(a: &[f32], b: &[f32]) -> f32 {
+        dot_body(a, b)
+    }
+}
+
+vectorised! {
+    /// y += x.
+    fn add(y: &mut [f32], x: &[f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+vectorised! {
+    /// y *= factor.
+    fn scale(y: &mut [f32], factor: f32) {
+        for y in y {
+            *y *= factor;
+        }
+    }
+}
+
+vectorised! {
+    /// y (rows,C) = x / sqrt(mean(x²) + epsilon) * weight.
+    fn rms_norm(y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        let c = weight.len();
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            let inverse = 1.0 / (dot_body(x, x) / c as f32 + epsilon).sqrt();
+            for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+                *y = x * inverse * weight;
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// dx (rows,C) += the gradient through `rms_norm`.
+    fn rms_norm_backward(dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        let c = weight.len();
+        for ((dx, dy), x) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)) {
+            let inverse = 1.0 / (dot_body(x, x) / c as f32 + epsilon).sqrt();
+            let pull = sum_of(c, |i| dy[i] * weight[i] * x[i]) * inverse * inverse * inverse / c as f32;
+            for i in 0..c {
+                dx[i] += inverse * (weight[i] * dy[i]) - pull * x[i];
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// Rotates the halves of each head of x (positions, heads·D); `sign` -1 rotates back.
+    fn rope(
+        x: &mut [f32],
+        heads: usize,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+        positions: &[usize],
+        sign: f32
+    ) {
+        let half = head_dim / 2;
+        for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
+            let cos = &cos[position * half..(position + 1) * half];
+            let sin = &sin[position * half..(position + 1) * half];
+            for head in row.chunks_exact_mut(head_dim) {
+                let (low, high) = head.split_at_mut(half);
+                for i in 0..half {
+                    let (a, b, sin) = (low[i], high[i], sign * sin[i]);
+                    low[i] = a * cos[i] - b * sin;
+                    high[i] = b * cos[i] + a * sin;
+                }
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// y = silu(gate) * up.
+    fn swiglu(y: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((y, &gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = gate / (1.0 + exp(-gate)) * up;
+        }
+    }
+}
+
+vectorised! {
+    /// gate and up become their gradients.
+    fn swiglu_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (g, u) = (*gate, *up);
+            let sigmoid = 1.0 / (1.0 + exp(-g));
+            *gate = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            *up = dy * g * sigmoid;
+        }
+    }
+}
+
+vectorised! {
+    /// The first `visible` scores become probabilities of scale * scores, the rest 0; gives log-sum-exp.
+    fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> f32 {
+        let (seen, hidden) = scores.split_at_mut(visible);
+        hidden.fill(0.0);
+        let largest = largest(seen) * scale;
+        for score in seen.iter_mut() {
+            *score = exp(*score * scale - largest);
+        }
+        let sum = sum_of(seen.len(), |i| seen[i]);
+        let inverse = 1.0 / sum;
+        for score in seen.iter_mut() {
+            *score *= inverse;
+        }
+        largest + sum.ln()
+    }
+}
+
+vectorised! {
+    /// The first `visible` scores become exp(scale * score - logsumexp), the rest 0.
+    fn probabilities(scores: &mut [f32], visible: usize, scale: f32, logsumexp: f32) {
+        let (seen, hidden) = scores.split_at_mut(visible);
+        hidden.fill(0.0);
+        for score in seen {
+            *score = exp(*score * scale - logsumexp);
+        }
+    }
+}
+
+vectorised! {
+    /// d becomes the gradient of the scores: probability * (d - delta) * scale.
+    fn score_gradient(d: &mut [f32], probabilities: &[f32], delta: f32, scale: f32) {
+        for (d, probability) in d.iter_mut().zip(probabilities) {
+            *d = probability * (*d - delta) * scale;
+        }
+    }
+}
+
+vectorised! {
+    /// Log-sum-exp of a row of logits, its sum of exponentials in f64 by blocks of 256.
+    fn logsumexp(logits: &[f32]) -> f64 {
+        let largest = largest(logits);
+        let sum: f64 =
+            logits.chunks(256).map(|block| f64::from(sum_of(block.len(), |i| exp(block[i] - largest)))).sum();
+        f64::from(largest) + sum.ln()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_three_units_in_the_last_place() {
+        for i in -86_000..88_000 {
+            let x = i as f32 * 1e-3;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 3.0 * f64::from(f32::EPSILON), "exp({x}) is off by {error}");
+        }
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(-1e30) < 1e-37);
+    }
+
+    #[test]
+    fn largest_sees_every_lane_and_the_rest() {
+        for len in 1..40 {
+            for at in 0..len {
+                let mut values = vec![-1.0; len];
+                values[at] = 2.0;
+                assert_eq!(largest(&values), 2.0, "{len} values, largest at {at}");
+            }
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! The oracle: every operation as plain loops over whole f32 arrays, one thread. Slow, short and obvious;
+//! `conformance` holds the fast backend against it. Sums run in f64 so that its own error is negligible.
+
+use super::{
+    AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Lora, LoraGradient, RopeTable,
+    Rotation, Write,
+};
+use crate::matrix::Matrix;
+
+/// Plain loops.
+#[derive(Debug, Clone, Copy)]
+pub struct Reference;
+
+/// c (m,n) = or += scale * a (m,k) · b, where `a_at` and `b_at` read elements (i,l) and (l,j).
+fn product(
+    c: &mut [f32],
+    (m, n, k): (usize, usize, usize),
+    scale: f32,
+    write: Write,
+    a_at: impl Fn(usize, usize) -> f32,
+    b_at: impl Fn(usize, usize) -> f32,
+) {
+    assert_eq!(c.len(), m * n, "BUG: shape of a product");
+    for i in 0..m {
+        for j in 0..n {
+            let sum: f64 = (0..k).map(|l| f64::from(a_at(i, l)) * f64::from(b_at(l, j))).sum();
+            let value = scale * sum as f32;
+            match write {
+                Write::Overwrite => c[i * n + j] = value,
+                Write::Add => c[i * n + j] += value,
+            }
+        }
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+impl Backend for Reference {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Reference
+    }
+
+    fn enter(&self, work: &mut (dyn FnMut() + Send)) {
+        work();
+    }
+
+    fn linear(&self, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
+        let (n, k) = (weight.rows, weight.cols);
+        let w = weight.to_f32();
+        product(y, (x.len() / k, n, k), 1.0, write, |t, l| x[t * k + l], |l, j| w[j * k + l]);
+    }
+
+    fn linear_backward(&self, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
+        let (n, k) = (weight.rows, weight.cols);
+        let w = weight.to_f32();
+        product(dx, (dy.len() / n, k, n), 1.0, write, |t, l| dy[t * n + l], |l, j| w[l * k + j]);
+    }
+
+    fn lora(&self, y: &mut [f32], h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
+        let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
+        let t = x.len() / k;
+        product(h, (t, r, k), 1.0, Write::Overwrite, |i, l| x[i * k + l], |l, j| lora.a[j * k + l]);
+        product(y, (t, n, r), lora.scale, Write::Add, |i, l| h[i * r + l], |l, j| lora.b[j * r + l]);
+    }
+
+    fn lora_backward(
+        &self,
+        gradient: LoraGradient<'_>,
+        dx: Option<&mut [f32]>,
+        dh: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        h: &[f32],
+        lora: &Lora<'_>,
+    ) {
+        let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
+        let t = x.len() / k;
+        product(gradient.db, (n, r, t), lora.scale, Write::Add, |i, l| dy[l * n + i], |l, j| h[l * r + j]);
+        product(dh, (t, r, n), lora.scale, Write::Overwrite, |i, l| dy[i * n + l], |l, j| lora.b[l * r + j]);
+        product(gradient.da, (r, k, t), 1.0, Write::Add, |i, l| dh[l * r + i], |l, j| x[l * k + j]);
+        if let Some(dx) = dx {
+            product(dx, (t, k, r), 1.0, Write::Add, |i, l| dh[i * r + l], |l, j| lora.a[l * k + j]);
+        }
+    }
+
+    fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
+        for row in y.chunks_exact_mut(bias.len()) {
+            self.add(row, bias);
+        }
+    }
+
+    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        let c = weight.len();
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            let inverse = inverse_rms(x, epsilon);
+            for i in 0..c {
+                y[i] = (f64::from(x[i]) * inverse) as f32 * weight[i];
+            }
+        }
+    }
+
+    fn rms_norm_backward(&self, dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
+        let c = weight.len();
+        for ((dx, dy), x) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)) {
+            let inverse = inverse_rms(x, epsilon);
+            let weighted: Vec<f32> = dy.iter().zip(weight).map(|(dy, w)| dy * w).collect();
+            let pull = dot(&weighted, x) * inverse.powi(3) / c as f64;
+            for i in 0..c {
+                dx[i] += (inverse * f64::from(weighted[i]) - pull * f64::from(x[i])) as f32;
+            }
+        }
+    }
+
+    fn rope(
+        &self,
+        x: &mut [f32],
+        heads: usize,
+        head_dim: usize,
+        table: &RopeTable,
+        positions: &[usize],
+        rotation: Rotation,
+    ) {
+        let half = head_dim / 2;
+        for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
+            for head in row.chunks_exact_mut(head_dim) {
+                for i in 0..half {
+                    let cos = table.cos[position * half + i];
+                    let sin = match rotation {
+                        Rotation::Forward => table.sin[position * half + i],
+                        Rotation::Backward => -table.sin[position * half + i],
+                    };
+                    let (low, high) = (head[i], head[i + half]);
+                    head[i] = low * cos - high * sin;
+                    head[i + half] = high * cos + low * sin;
+                }
+            }
+        }
+    }
+
+    fn attention(
+        &self,
+        out: &mut [f32],
+        logsumexp: &mut [f32],
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        shape: &AttentionShape<'_>,
+    ) {
+        each_query(shape, |at| {
+            let scores: Vec<f64> = at.keys().map(|key| at.score(q, k, key)).collect();
+            let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
+            logsumexp[at.row * shape.heads + at.head] = (largest + sum.ln()) as f32;
+            for d in 0..shape.head_dim {
+                let weighted: f64 = at
+                    .keys()
+                    .zip(&scores)
+                    .map(|(key, score)| (score - largest).exp() * f64::from(v[at.key_at(key) + d]))
+                    .sum();
+                out[at.query_at() + d] = (weighted / sum) as f32;
+            }
+        });
+    }
+
+    fn attention_backward(
+        &self,
+        gradient: AttentionGradient<'_>,
+        dout: &[f32],
+        saved: &AttentionSaved<'_>,
+        shape: &AttentionShape<'_>,
+        _scratch: &mut Vec<f32>,
+    ) {
+        let AttentionGradient { dq, dk, dv } = gradient;
+        dq.fill(0.0);
+        dk.fill(0.0);
+        dv.fill(0.0);
+        let dim = shape.head_dim;
+        each_query(shape, |at| {
+            let query = at.query_at()..at.query_at() + dim;
+            let delta = dot(&dout[query.clone()], &saved.out[query.clone()]);
+            let logsumexp = f64::from(saved.logsumexp[at.row * shape.heads + at.head]);
+            for key_row in at.keys() {
+                let key = at.key_at(key_row)..at.key_at(key_row) + dim;
+                let probability = (at.score(saved.q, saved.k, key_row) - logsumexp).exp();
+                let dprobability = dot(&dout[query.clone()], &saved.v[key.clone()]);
+                let dscore = (probability * (dprobability - delta)) as f32 * shape.scale();
+                for d in 0..dim {
+                    dq[query.start + d] += dscore * saved.k[key.start + d];
+                    dk[key.start + d] += dscore * saved.q[query.start + d];
+                    dv[key.start + d] += probability as f32 * dout[query.start + d];
+                }
+            }
+        });
+    }
+
+    fn swiglu(&self, y: &mut [f32], gate: &[f32], up: &[f32]) {
+        for i in 0..y.len() {
+            y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        }
+    }
+
+    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for i in 0..dy.len() {
+            let (g, u, sigmoid) = (gate[i], up[i], sigmoid(gate[i]));
+            gate[i] = dy[i] * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            up[i] = dy[i] * g * sigmoid;
+        }
+    }
+
+    fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]) {
+        for (row, &token) in y.chunks_exact_mut(table.cols).zip(tokens) {
+            table.decode(token as usize * table.cols, row);
+        }
+    }
+
+    fn cross_entropy(
+        &self,
+        nll: &mut [f64],
+        mut gradient: Option<(&mut [f32], f32)>,
+        hidden: &[f32],
+        targets: &[u32],
+        head: &Matrix,
+        _scratch: &mut Vec<f32>,
+    ) {
+        let (vocabulary, c) = (head.rows, head.cols);
+        let w = head.to_f32();
+        for (row, (&target, nll)) in targets.iter().zip(nll).enumerate() {
+            let x = &hidden[row * c..(row + 1) * c];
+            let logits: Vec<f64> = (0..vocabulary).map(|id| dot(x, &w[id * c..(id + 1) * c])).collect();
+            let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let logsumexp = largest + logits.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln();
+            *nll = logsumexp - logits[target as usize];
+            if let Some((dhidden, scale)) = &mut gradient {
+                for i in 0..c {
+                    let sum: f64 = (0..vocabulary)
+                        .map(|id| {
+                            let hit = if id == target as usize { 1.0 } else { 0.0 };
+                            ((logits[id] - logsumexp).exp() - hit) * f64::from(w[id * c + i])
+                        })
+                        .sum();
+                    dhidden[row * c + i] = *scale * sum as f32;
+                }
+            }
+        }
+    }
+
+    fn add(&self, y: &mut [f32], x: &[f32]) {
+        assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+fn inverse_rms(x: &[f32], epsilon: f32) -> f64 {
+    1.0 / (dot(x, x) / x.len() as f64 + f64::from(epsilon)).sqrt()
+}
+
+/// One query of one head: which rows of keys it sees and where its numbers lie.
+struct Query<'a> {
+    shape: &'a AttentionShape<'a>,
+    row: usize,
+    head: usize,
+    keys: std::ops::Range<usize>,
+}
+
+impl Query<'_> {
+    fn keys(&self) -> std::ops::Range<usize> {
+        self.keys.clone()
+    }
+
+    fn query_at(&self) -> usize {
+        (self.row * self.shape.heads + self.head) * self.shape.head_dim
+    }
+
+    fn key_at(&self, row: usize) -> usize {
+        let group = self.shape.heads / self.shape.kv_heads;
+        (row * self.shape.kv_heads + self.head / group) * self.shape.head_dim
+    }
+
+    fn score(&self, q: &[f32], k: &[f32], key: usize) -> f64 {
+        let dim = self.shape.head_dim;
+        let (query, key) = (self.query_at(), self.key_at(key));
+        dot(&q[query..query + dim], &k[key..key + dim]) * f64::from(self.shape.scale())
+    }
+}
+
+fn each_query(shape: &AttentionShape<'_>, mut visit: impl FnMut(&Query<'_>)) {
+    for span in shape.spans {
+        let past = span.keys.len() - span.queries.len();
+        for (i, row) in span.queries.clone().enumerate() {
+            for head in 0..shape.heads {
+                let keys = span.keys.start..span.keys.start + past + i + 1;
+                visit(&Query { shape, row, head, keys });
+            }
+        }
+    }
+}

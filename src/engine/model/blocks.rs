@@ -1,0 +1,21 @@
+//! The parts a decoder layer is built from. Each block has a forward and a backward over the rows of a pass,
+//! says what it saves, and knows only the backend's operations and the adapter's pairs.
+
+use crate::adapter::Adapter;
+use crate::backend::{Backend, Span};
+
+pub(super) mod attention;
+pub(super) mod linear;
+pub(super) mod mlp;
+pub(super) mod norm;
+pub(super) mod rope;
+
+/// What every block of one pass shares.
+pub(super) struct Pass<'a> {
+    pub(super) backend: &'a dyn Backend,
+    pub(super) adapter: Option<&'a Adapter>,
+    /// Position of each row in its sequence.
+    pub(super) positions: &'a [usize],
+    /// One a sequence.
+    pub(super) spans: &'a [Span],
+}

@@ -1,0 +1,70 @@
+//! Tokens a second at the shape of SmolLM2-135M, random weights. Run by hand:
+//! `cargo test --release -p tunesmith-engine model::tests::speed -- --ignored --nocapture`.
+
+use std::time::Instant;
+
+use super::*;
+
+fn smollm2() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 576,
+        intermediate_size: 1536,
+        num_hidden_layers: 30,
+        num_attention_heads: 9,
+        num_key_value_heads: 3,
+        head_dim: 64,
+        vocab_size: 49_152,
+        attention_bias: false,
+        mlp_bias: false,
+        rope: Rope { theta: 100_000.0, scaling: RopeScaling::None },
+        ..odd_config()
+    }
+}
+
+fn threads() -> usize {
+    std::env::var("THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn training_step() {
+    let model = random_model(&smollm2(), Stored::Nf4, &Compute { threads: threads(), ..CPU });
+    let adapter = busy_adapter(&model, 16);
+    let tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 20_000.0) as u32).collect();
+    let marks = [true; 128];
+    let pack = Pack::new(&tokens.chunks(128).map(|chunk| (chunk, &marks[..])).collect::<Vec<_>>());
+    let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
+    let steps = std::env::var("STEPS").ok().and_then(|text| text.parse().ok()).unwrap_or(4);
+    for step in 0..steps {
+        let start = Instant::now();
+        let loss = model.loss_and_gradients(&adapter, &pack, 1e-3, &mut gradients, &mut workspace).unwrap();
+        let seconds = start.elapsed().as_secs_f64();
+        println!("step {step}: {:.0} tokens/s, {seconds:.3} s, loss {:.4}", 512.0 / seconds, loss.nll / 508.0);
+    }
+    println!("peak memory {}", peak_memory());
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn decoding() {
+    let model = random_model(&smollm2(), Stored::Nf4, &Compute { threads: threads(), ..CPU });
+    let mut workspace = Workspace::default();
+    for batch in [1, 4, 16] {
+        let mut cache = model.new_cache(batch, 160);
+        let prompt: Vec<u32> = (0..128).collect();
+        let start = Instant::now();
+        model.extend(None, &mut cache, &vec![&prompt[..]; batch], &mut workspace).unwrap();
+        let prefill = (128 * batch) as f64 / start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        for token in 0..16 {
+            model.extend(None, &mut cache, &vec![&[token][..]; batch], &mut workspace).unwrap();
+        }
+        let decode = (16 * batch) as f64 / start.elapsed().as_secs_f64();
+        println!("batch {batch}: prefill {prefill:.0} tokens/s, decode {decode:.0} tokens/s");
+    }
+}
+
+fn peak_memory() -> String {
+    let status = fs_err::read_to_string("/proc/self/status").unwrap_or_default();
+    status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("unknown").to_owned()
+}

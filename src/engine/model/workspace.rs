@@ -1,0 +1,68 @@
+//! The buffers of a pass, kept from one pass to the next so that nothing large is allocated per step: what
+//! each layer saves for its backward, and scratch that layers share.
+
+use super::blocks::attention::AttentionActivations;
+use super::blocks::mlp::MlpActivations;
+use super::blocks::rope::RopeBuffer;
+
+/// Reusable buffers; start with `Workspace::default()`. Any model may use any workspace.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    pub(super) rope: RopeBuffer,
+    /// One a layer while training; one for all layers otherwise.
+    pub(super) layers: Vec<LayerActivations>,
+    /// The residual stream (T,C).
+    pub(super) stream: Vec<f32>,
+    /// The gradient of the residual stream (T,C).
+    pub(super) dstream: Vec<f32>,
+    pub(super) scratch: Scratch,
+    pub(super) head: HeadBuffers,
+}
+
+/// What a layer's backward needs from its forward; norms and gated products are recomputed.
+#[derive(Debug, Default)]
+pub(super) struct LayerActivations {
+    /// The stream before the layer (T,C).
+    pub(super) input: Vec<f32>,
+    /// The stream between attention and MLP (T,C).
+    pub(super) middle: Vec<f32>,
+    pub(super) attention: AttentionActivations,
+    pub(super) mlp: MlpActivations,
+}
+
+/// Buffers of one layer at a time.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// A normed stream (T,C).
+    pub(super) normed: Vec<f32>,
+    /// Its gradient (T,C).
+    pub(super) dnormed: Vec<f32>,
+    /// silu(gate) * up (T,I).
+    pub(super) wide: Vec<f32>,
+    /// Its gradient (T,I).
+    pub(super) dwide: Vec<f32>,
+    /// Gradient of the attention's output (T, H·D).
+    pub(super) dattended: Vec<f32>,
+    pub(super) dq: Vec<f32>,
+    pub(super) dk: Vec<f32>,
+    pub(super) dv: Vec<f32>,
+    /// Gradient of a LoRA pair's inner values (T,R).
+    pub(super) dh: Vec<f32>,
+    /// The backend's own.
+    pub(super) backend: Vec<f32>,
+}
+
+/// Buffers of the rows that reach the head (S,C).
+#[derive(Debug, Default)]
+pub(super) struct HeadBuffers {
+    pub(super) rows: Vec<f32>,
+    pub(super) normed: Vec<f32>,
+    pub(super) dnormed: Vec<f32>,
+    pub(super) drows: Vec<f32>,
+}
+
+/// Gives `buffer` the length `len`; contents are left over. Capacity never shrinks.
+pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
+}
