@@ -25,5 +25,6 @@ pub mod matrix;
 pub mod model;
 pub mod optimizer;
 pub mod quant;
+mod random;
 pub mod tokenizer;
 pub mod trainer;

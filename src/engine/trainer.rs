@@ -1,1 +1,337 @@
-//! To be written.
+//! Trains a LoRA adapter: shuffles and packs rows, accumulates gradients over an optimizer step, steps AdamW,
+//! evaluates, checkpoints, and judges what it sees. Knows tokens and losses; knows no tokenizer (see `prepare`
+//! and `probe`), no kernel and no manifest.
+//!
+//! The state of a run is the step, the adapter and AdamW's moments. All else (data position, learning rate) is a
+//! function of the step, and every judgement a function of the recorded losses. So a run that goes on from a
+//! checkpoint computes the same bits as one that was never stopped.
+//!
+//! ```text
+//! rows ─ plan ─► packs ─ model ─► gradients ─ clip ─ AdamW ─► adapter ─► evaluation ─ gates ─► next step
+//!                                                               └─► checkpoint
+//! ```
+
+use std::time::Instant;
+
+use crate::adapter::{Adapter, Gradients};
+use crate::model::{Model, Workspace};
+use crate::optimizer::{AdamW, clip_factor};
+
+mod batches;
+mod checkpoint;
+mod evaluate;
+mod events;
+mod examples;
+mod gates;
+mod options;
+mod probes;
+mod resume;
+mod schedule;
+
+pub use checkpoint::CheckpointFolder;
+pub use evaluate::Evaluation;
+pub use events::{EvalRecord, StepRecord, TrainHooks, TrainReport};
+pub use examples::{PrepareProblem, PrepareReason, TokenizedExample, prepare};
+pub use gates::{Gates, Severity};
+pub use options::{Keep, RowReason, TrainError, TrainOptions};
+pub use probes::{ProbeError, ProbeOptions, ProbeReport, probe};
+pub use schedule::{Decay, Schedule};
+
+use batches::{Plan, pack};
+use evaluate::{check_rows, pack_of};
+use events::{mean_loss, peak_rss_bytes};
+use resume::{set_values, values};
+
+/// What a run gives.
+pub struct Trained {
+    /// The trained adapter.
+    pub adapter: Adapter,
+    /// How it went.
+    pub report: TrainReport,
+}
+
+/// Trains an adapter on `train`, watching `validation` (which may be empty). Goes on from a checkpoint if the
+/// options name a folder that holds one of this very run.
+/// Errors: an option or row that cannot be trained on, a number that is not finite, memorisation, cancellation.
+pub fn train(
+    model: &Model,
+    train: &[TokenizedExample],
+    validation: &[TokenizedExample],
+    options: &TrainOptions,
+    hooks: &mut dyn TrainHooks,
+) -> Result<Trained, TrainError> {
+    options.check()?;
+    if train.is_empty() {
+        return Err(TrainError::NoRows);
+    }
+    check_rows(model, train, options.pack_tokens)?;
+    let mut run = Run::new(model, train, validation, options)?;
+    run.resume(hooks)?;
+    while !run.is_over() {
+        if hooks.cancelled() {
+            run.save()?;
+            return Err(TrainError::Cancelled { step: run.step });
+        }
+        run.advance(hooks)?;
+        if run.eval_is_due() {
+            run.evaluate(hooks)?;
+        }
+        if run.save_is_due() {
+            run.save()?;
+        }
+    }
+    run.finish(hooks)
+}
+
+fn ids(rows: &[&TokenizedExample]) -> Vec<String> {
+    rows.iter().map(|row| row.id.clone()).collect()
+}
+
+/// A run between two steps.
+struct Run<'a> {
+    model: &'a Model,
+    train: &'a [TokenizedExample],
+    validation: &'a [TokenizedExample],
+    validation_packs: Evaluation,
+    options: &'a TrainOptions,
+    plan: Plan,
+    schedule: Schedule,
+    adapter: Adapter,
+    gradients: Gradients,
+    workspace: Workspace,
+    optimizer: AdamW,
+    /// Steps done.
+    step: usize,
+    losses: Vec<StepRecord>,
+    evals: Vec<EvalRecord>,
+    warnings: Vec<String>,
+    /// The values of the best adapter so far, where that one is wanted.
+    best: Option<Vec<f32>>,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        model: &'a Model,
+        train: &'a [TokenizedExample],
+        validation: &'a [TokenizedExample],
+        options: &'a TrainOptions,
+    ) -> Result<Self, TrainError> {
+        let plan = Plan::new(train.len(), options.batch_examples, options.epochs, options.seed);
+        let schedule =
+            Schedule::new(options.learning_rate, options.decay, options.warmup_ratio, plan.total_steps());
+        let adapter = Adapter::new(model, &options.lora)?;
+        let validation_packs = Evaluation::new(model, validation, options.pack_tokens)?;
+        let gradients = Gradients::new(&adapter);
+        let optimizer = AdamW::new(options.adamw, adapter.parameter_count());
+        Ok(Self {
+            model,
+            train,
+            validation,
+            validation_packs,
+            options,
+            plan,
+            schedule,
+            adapter,
+            gradients,
+            workspace: Workspace::default(),
+            optimizer,
+            step: 0,
+            losses: Vec::new(),
+            evals: Vec::new(),
+            warnings: Vec::new(),
+            best: None,
+        })
+    }
+
+    fn is_over(&self) -> bool {
+        self.step == self.plan.total_steps() || self.options.gates.out_of_patience(&self.evals)
+    }
+
+    fn eval_is_due(&self) -> bool {
+        let regular = match self.options.eval_every {
+            0 => self.plan.ends_epoch(self.step),
+            every => self.step.is_multiple_of(every),
+        };
+        !self.validation.is_empty() && (regular || self.step == self.plan.total_steps())
+    }
+
+    fn save_is_due(&self) -> bool {
+        let every = self.options.checkpoints.as_ref().map_or(0, |folder| folder.every);
+        self.is_over() || (every > 0 && self.step.is_multiple_of(every))
+    }
+
+    /// One optimizer step.
+    fn advance(&mut self, hooks: &mut dyn TrainHooks) -> Result<(), TrainError> {
+        let started = Instant::now();
+        let train = self.train;
+        let rows: Vec<&TokenizedExample> =
+            self.plan.rows_of(self.step).iter().map(|&row| &train[row]).collect();
+        let supervised_tokens = rows.iter().map(|row| row.supervised_tokens()).sum();
+        let nll = self.accumulate(&rows, supervised_tokens)?;
+        let grad_norm = self.gradients.norm();
+        if !grad_norm.is_finite() {
+            let tensor = self.gradients.first_not_finite();
+            let what =
+                tensor.map_or("the gradient norm".to_owned(), |name| format!("the gradient of `{name}`"));
+            return Err(TrainError::NotFinite { what, step: self.step + 1, rows: ids(&rows) });
+        }
+        if let Some(norm_max) = self.options.clip_norm {
+            self.gradients.scale(clip_factor(grad_norm, norm_max));
+        }
+        let learning_rate = self.schedule.at(self.step);
+        let tensors = self.adapter.parameters_mut().zip(self.gradients.tensors());
+        self.optimizer.step(learning_rate, tensors.map(|((_, values), (_, gradient))| (values, gradient)));
+        let record = StepRecord {
+            step: self.step + 1,
+            epoch: self.plan.epoch_of(self.step) + 1,
+            loss: nll / supervised_tokens as f64,
+            learning_rate,
+            grad_norm,
+            tokens: rows.iter().map(|row| row.tokens.len()).sum(),
+            supervised_tokens,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.step += 1;
+        hooks.step(&record, self.plan.total_steps());
+        self.losses.push(record);
+        Ok(())
+    }
+
+    /// Gradients of the step's mean loss over `supervised_tokens`, pack by pack; returns the summed loss.
+    fn accumulate(
+        &mut self,
+        rows: &[&TokenizedExample],
+        supervised_tokens: usize,
+    ) -> Result<f64, TrainError> {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
+        let scale = 1.0 / supervised_tokens as f32;
+        let (mut nll, mut counted) = (0.0, 0);
+        self.gradients.zero();
+        for pack in pack(&lengths, self.options.pack_tokens) {
+            let rows: Vec<&TokenizedExample> = pack.iter().map(|&row| rows[row]).collect();
+            let loss = self
+                .model
+                .loss_and_gradients(
+                    &self.adapter,
+                    &pack_of(&rows),
+                    scale,
+                    &mut self.gradients,
+                    &mut self.workspace,
+                )
+                .map_err(|error| TrainError::of_model(error, self.step + 1, ids(&rows)))?;
+            if !loss.nll.is_finite() {
+                let what = "the loss".to_owned();
+                return Err(TrainError::NotFinite { what, step: self.step + 1, rows: ids(&rows) });
+            }
+            nll += loss.nll;
+            counted += loss.supervised;
+        }
+        assert_eq!(counted, supervised_tokens, "BUG: model and trainer count supervised tokens differently");
+        Ok(nll)
+    }
+
+    fn evaluate(&mut self, hooks: &mut dyn TrainHooks) -> Result<(), TrainError> {
+        let started = Instant::now();
+        let loss = self
+            .validation_packs
+            .mean_loss(self.model, Some(&self.adapter), &mut self.workspace)
+            .map_err(|error| error.at_step(self.step))?;
+        let since = self.evals.last().map_or(0, |eval| eval.step);
+        let train_loss = mean_loss(&self.losses[since..]).expect("every step has supervised tokens");
+        let record =
+            EvalRecord { step: self.step, loss, train_loss, seconds: started.elapsed().as_secs_f64() };
+        hooks.eval(&record);
+        self.evals.push(record);
+        if self.options.keep == Keep::Best && gates::best(&self.evals) == Some(self.evals.len() - 1) {
+            self.best = Some(values(&self.adapter));
+        }
+        self.judge(hooks)
+    }
+
+    /// Holds the evaluations so far against the gates.
+    fn judge(&mut self, hooks: &mut dyn TrainHooks) -> Result<(), TrainError> {
+        let gates = &self.options.gates;
+        let before = &self.evals[..self.evals.len() - 1];
+        let (overfit_before, wide_before) = (gates.overfits(before), gates.wide_gap(before).is_some());
+        if let Some(gap) = gates.wide_gap(&self.evals).filter(|_| !wide_before) {
+            self.warn(
+                hooks,
+                format!("validation loss is {gap:.2} above training loss at step {}", self.step),
+            );
+        }
+        if gates.overfits(&self.evals) && !overfit_before {
+            let overfit = self.overfit();
+            match gates.overfit {
+                Severity::Error => return Err(overfit),
+                Severity::Warning => self.warn(hooks, overfit.to_string()),
+            }
+        }
+        Ok(())
+    }
+
+    fn overfit(&self) -> TrainError {
+        let last = &self.evals[self.evals.len() - 1];
+        let lowest = gates::best(&self.evals).map_or(last, |best| &self.evals[best]);
+        TrainError::Overfit {
+            step: self.step,
+            train_loss: last.train_loss,
+            eval_loss: last.loss,
+            lowest: lowest.loss,
+            lowest_step: lowest.step,
+        }
+    }
+
+    fn finish(mut self, hooks: &mut dyn TrainHooks) -> Result<Trained, TrainError> {
+        let last_epoch = self.step.saturating_sub(self.plan.steps_per_epoch());
+        let train_loss = mean_loss(&self.losses[last_epoch..]).expect("every step has supervised tokens");
+        if self.validation.is_empty() && train_loss < self.options.gates.loss_floor {
+            self.warn(
+                hooks,
+                format!("training loss fell to {train_loss:.4} with no validation rows to judge it by"),
+            );
+        }
+        let mut kept = self.evals.last().filter(|eval| eval.step == self.step);
+        if let Some(best) = self.best.take() {
+            kept = gates::best(&self.evals).map(|index| &self.evals[index]);
+            set_values(&mut self.adapter, &best);
+        }
+        let (kept_step, eval_loss) = (kept.map_or(self.step, |eval| eval.step), kept.map(|eval| eval.loss));
+        if let Some((name, _)) =
+            self.adapter.parameters().find(|(_, values)| !values.iter().all(|v| v.is_finite()))
+        {
+            return Err(TrainError::NotFinite {
+                what: format!("tensor `{name}`"),
+                step: self.step,
+                rows: Vec::new(),
+            });
+        }
+        let tokens: u64 = self.losses.iter().map(|step| step.tokens as u64).sum();
+        let step_seconds: f64 = self.losses.iter().map(|step| step.seconds).sum();
+        let report = TrainReport {
+            steps: self.step,
+            planned_steps: self.plan.total_steps(),
+            train_loss,
+            eval_loss,
+            kept_step,
+            tokens,
+            supervised_tokens: self.losses.iter().map(|step| step.supervised_tokens as u64).sum(),
+            tokens_per_second: tokens as f64 / step_seconds.max(1e-9),
+            peak_rss_bytes: peak_rss_bytes(),
+            adapted_percent: self.adapter.adapted_percent(),
+            trainable_parameters: self.adapter.parameter_count(),
+            seconds: step_seconds + self.evals.iter().map(|eval| eval.seconds).sum::<f64>(),
+            losses: self.losses,
+            evals: self.evals,
+            warnings: self.warnings,
+        };
+        Ok(Trained { adapter: self.adapter, report })
+    }
+
+    fn warn(&mut self, hooks: &mut dyn TrainHooks, text: String) {
+        hooks.warn(&text);
+        self.warnings.push(text);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! Generation on the tiny golden llama: batches against single prompts, the cache against whole passes, and stops.
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use super::*;
+use crate::adapter::{LoraConfig, Targets};
+use crate::backend::{BackendKind, Compute};
+use crate::model::Pack;
+use crate::random::Random;
+
+static MODEL: LazyLock<Model> = LazyLock::new(|| {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama");
+    Model::open(&golden, &Compute { kind: BackendKind::Cpu, threads: 2 }).unwrap()
+});
+
+/// Prompts of 1 to 20 random tokens.
+fn prompts(count: usize) -> Vec<Vec<u32>> {
+    let mut random = Random::new(&[17]);
+    (0..count).map(|_| (0..=random.below(20)).map(|_| 3 + random.below(93) as u32).collect()).collect()
+}
+
+fn tokens(prompts: &[Vec<u32>], options: &GenerateOptions) -> Vec<Vec<u32>> {
+    let answers = generate(&MODEL, None, prompts, options, &mut ()).unwrap();
+    answers.into_iter().map(|answer| answer.tokens).collect()
+}
+
+fn sampled() -> GenerateOptions {
+    let sampling = SamplingOptions {
+        temperature: 1.5,
+        top_p: 0.95,
+        repetition_penalty: 1.1,
+        seed: 4,
+        ..SamplingOptions::default()
+    };
+    GenerateOptions { sampling: Sampling::Sampled(sampling), ..GenerateOptions::greedy(12, vec![2]) }
+}
+
+#[test]
+fn batches_give_the_tokens_of_single_prompts() {
+    let prompts = prompts(9);
+    for options in [GenerateOptions::greedy(12, vec![2]), sampled()] {
+        let alone = tokens(&prompts, &GenerateOptions { batch: 1, ..options.clone() });
+        for batch in [2, 4, 16] {
+            assert_eq!(
+                tokens(&prompts, &GenerateOptions { batch, ..options.clone() }),
+                alone,
+                "batch of {batch}"
+            );
+        }
+    }
+}
+
+#[test]
+fn greedy_is_the_argmax_of_whole_passes() {
+    let prompt = prompts(3)[2].clone();
+    let answer = tokens(&[prompt.clone()], &GenerateOptions::greedy(10, vec![])).remove(0);
+    let mut context = prompt;
+    for (index, &token) in answer.iter().enumerate() {
+        let marks = vec![false; context.len()];
+        let pack = Pack::new(&[(&context, &marks)]);
+        let logits = MODEL.logits(None, &pack, &[context.len() - 1], &mut Workspace::default()).unwrap();
+        assert_eq!(argmax(&logits), Some(token), "token {index}");
+        context.push(token);
+    }
+    assert_eq!(answer.len(), 10);
+}
+
+#[test]
+fn stop_token_ends_the_answer_and_is_left_out() {
+    let prompt = vec![prompts(1)[0].clone()];
+    let free = tokens(&prompt, &GenerateOptions::greedy(12, vec![])).remove(0);
+    let at = (1..free.len()).find(|&index| !free[..index].contains(&free[index])).unwrap();
+    let options = GenerateOptions::greedy(12, vec![free[at], 95]);
+    let stopped = generate(&MODEL, None, &prompt, &options, &mut ()).unwrap().remove(0);
+    assert_eq!((stopped.tokens.as_slice(), stopped.stopped), (&free[..at], StopReason::EndOfTurn));
+    let options = GenerateOptions::greedy(at, vec![free[at]]);
+    let cut = generate(&MODEL, None, &prompt, &options, &mut ()).unwrap().remove(0);
+    assert_eq!((cut.tokens.as_slice(), cut.stopped), (&free[..at], StopReason::MaxTokens));
+}
+
+#[test]
+fn answers_end_where_positions_end() {
+    let positions = MODEL.config().max_position_embeddings;
+    let long = vec![5u32; positions - 3];
+    let answers =
+        generate(&MODEL, None, &[vec![5], long], &GenerateOptions::greedy(1000, vec![]), &mut ()).unwrap();
+    assert_eq!(answers.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [positions - 1, 3]);
+    assert!(answers.iter().all(|answer| answer.stopped == StopReason::MaxTokens));
+    assert!(tokens(&[vec![5]], &GenerateOptions::greedy(0, vec![]))[0].is_empty());
+}
+
+#[test]
+fn streams_make_a_subset_answer_as_the_whole() {
+    let prompts = prompts(6);
+    let whole = tokens(&prompts, &sampled());
+    let subset = [prompts[5].clone(), prompts[2].clone()];
+    let options = GenerateOptions { streams: Some(vec![5, 2]), ..sampled() };
+    assert_eq!(tokens(&subset, &options), [whole[5].clone(), whole[2].clone()]);
+    let same_prompt = vec![prompts[0].clone(); 4];
+    let answers = tokens(&same_prompt, &sampled());
+    assert!(answers.iter().any(|answer| *answer != answers[0]), "each prompt has its own stream");
+}
+
+#[test]
+fn adapters_are_switched_without_reopening_the_model() {
+    let lora = LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 1 };
+    let mut adapter = Adapter::new(&MODEL, &lora).unwrap();
+    adapter.parameters_mut().for_each(|(_, values)| values.iter_mut().for_each(|value| *value += 0.1));
+    let prompts = prompts(4);
+    let options = GenerateOptions::greedy(8, vec![]);
+    let base = tokens(&prompts, &options);
+    let tuned = generate(&MODEL, Some(&adapter), &prompts, &options, &mut ()).unwrap();
+    assert_ne!(tuned.into_iter().map(|answer| answer.tokens).collect::<Vec<_>>(), base);
+    assert_eq!(tokens(&prompts, &options), base);
+}
+
+#[derive(Default)]
+struct Listener {
+    tokens: Vec<Vec<u32>>,
+    done: Vec<(usize, Generation)>,
+    passes_left: Option<usize>,
+}
+
+impl GenerateHooks for Listener {
+    fn token(&mut self, prompt: usize, token: u32) {
+        self.tokens.resize(self.tokens.len().max(prompt + 1), Vec::new());
+        self.tokens[prompt].push(token);
+    }
+
+    fn done(&mut self, prompt: usize, generation: &Generation) {
+        self.done.push((prompt, generation.clone()));
+    }
+
+    fn cancelled(&mut self) -> bool {
+        let cancelled = self.passes_left == Some(0);
+        self.passes_left = self.passes_left.map(|left| left.saturating_sub(1));
+        cancelled
+    }
+}
+
+#[test]
+fn hooks_hear_every_token_and_may_cancel() {
+    let prompts = prompts(5);
+    let options = GenerateOptions { batch: 2, ..GenerateOptions::greedy(6, vec![]) };
+    let mut listener = Listener::default();
+    let answers = generate(&MODEL, None, &prompts, &options, &mut listener).unwrap();
+    assert_eq!(listener.tokens, answers.iter().map(|answer| answer.tokens.clone()).collect::<Vec<_>>());
+    listener.done.sort_by_key(|(prompt, _)| *prompt);
+    assert_eq!(listener.done, answers.into_iter().enumerate().collect::<Vec<_>>());
+    // The first batch takes two prefills and five steps.
+    let mut listener = Listener { passes_left: Some(7), ..Listener::default() };
+    let error = generate(&MODEL, None, &prompts, &options, &mut listener).unwrap_err();
+    assert!(matches!(error, GenerateError::Cancelled));
+    assert_eq!(listener.done.len(), 2);
+}
+
+#[test]
+fn prompts_that_cannot_be_answered_are_named() {
+    let message = |prompt: Vec<u32>| {
+        let prompts = [vec![5], prompt];
+        generate(&MODEL, None, &prompts, &GenerateOptions::greedy(4, vec![]), &mut ())
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(message(vec![]), "prompt 1 is empty");
+    assert_eq!(message(vec![96]), "prompt 1 has token 96, beyond the model's vocabulary of 96");
+    assert_eq!(
+        message(vec![5; 64]),
+        "prompt 1 has 64 tokens; the model has 64 positions, and an answer needs some"
+    );
+    let options = GenerateOptions { streams: Some(vec![1]), ..GenerateOptions::greedy(4, vec![]) };
+    let error = generate(&MODEL, None, &[], &options, &mut ()).unwrap_err();
+    assert_eq!(error.to_string(), "1 random streams are given for 0 prompts");
+}

@@ -1,0 +1,106 @@
+//! The judgement over a run's losses: overfitting, the gap between training and validation, early stop, the best
+//! evaluation. Pure functions of the records so far, so a resumed run judges as an uninterrupted one. Knows no
+//! model; what only a model can show (that it changes and that it stops) is in `probes`.
+
+use super::events::EvalRecord;
+
+/// What a failed check does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// The run fails.
+    Error,
+    /// The user is told.
+    Warning,
+}
+
+/// Thresholds of the checks during training. Losses are in nats a supervised token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gates {
+    /// A training loss below this while the validation loss rises is memorisation.
+    pub loss_floor: f64,
+    /// How many evaluations in a row must have risen.
+    pub rising_evals: usize,
+    /// What overfitting does to the run.
+    pub overfit: Severity,
+    /// A validation loss this far above the training loss is worth a warning.
+    pub gap: f64,
+    /// Stop after this many evaluations without a new lowest loss; none to go on.
+    pub patience: Option<usize>,
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        Self { loss_floor: 0.05, rising_evals: 2, overfit: Severity::Error, gap: 1.0, patience: None }
+    }
+}
+
+impl Gates {
+    /// True if the last evaluations show memorisation.
+    pub fn overfits(&self, evals: &[EvalRecord]) -> bool {
+        let rises = evals.windows(2).rev().take_while(|pair| pair[1].loss > pair[0].loss).count();
+        evals.last().is_some_and(|last| last.train_loss < self.loss_floor) && rises >= self.rising_evals
+    }
+
+    /// True if the run has gone `patience` evaluations without a new lowest loss.
+    pub fn out_of_patience(&self, evals: &[EvalRecord]) -> bool {
+        let since_best = best(evals).map_or(0, |best| evals.len() - 1 - best);
+        self.patience.is_some_and(|patience| since_best >= patience.max(1))
+    }
+
+    /// Validation loss minus training loss of the last evaluation, if that is too far.
+    pub fn wide_gap(&self, evals: &[EvalRecord]) -> Option<f64> {
+        evals.last().map(|last| last.loss - last.train_loss).filter(|gap| *gap > self.gap)
+    }
+}
+
+/// Index of the evaluation with the lowest loss; the first of equals.
+pub(super) fn best(evals: &[EvalRecord]) -> Option<usize> {
+    (0..evals.len()).min_by(|&left, &right| evals[left].loss.total_cmp(&evals[right].loss))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evals(losses: &[(f64, f64)]) -> Vec<EvalRecord> {
+        let record = |(index, &(train_loss, loss)): (usize, &(f64, f64))| EvalRecord {
+            step: 10 * (index + 1),
+            loss,
+            train_loss,
+            seconds: 0.0,
+        };
+        losses.iter().enumerate().map(record).collect()
+    }
+
+    #[test]
+    fn low_training_loss_with_two_rises_is_overfitting() {
+        let gates = Gates::default();
+        assert!(gates.overfits(&evals(&[(0.5, 1.0), (0.1, 1.1), (0.02, 1.2)])));
+        assert!(!gates.overfits(&evals(&[(0.1, 1.1), (0.02, 1.2)])), "one rise is not two");
+        assert!(!gates.overfits(&evals(&[(0.5, 1.0), (0.2, 1.1), (0.1, 1.2)])), "above the floor");
+        assert!(!gates.overfits(&evals(&[(0.5, 1.0), (0.1, 1.1), (0.02, 1.05)])), "the last one fell");
+        assert!(!gates.overfits(&[]));
+    }
+
+    #[test]
+    fn patience_counts_from_the_lowest_loss() {
+        let gates = Gates { patience: Some(2), ..Gates::default() };
+        assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6)])));
+        assert!(gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6), (1.0, 1.5)])));
+        assert!(!Gates::default().out_of_patience(&evals(&[(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)])));
+    }
+
+    #[test]
+    fn gap_is_measured_on_the_last_evaluation() {
+        let gates = Gates::default();
+        assert_eq!(gates.wide_gap(&evals(&[(0.5, 2.0)])), Some(1.5));
+        assert_eq!(gates.wide_gap(&evals(&[(0.5, 2.0), (0.5, 1.0)])), None);
+    }
+
+    #[test]
+    fn first_of_equal_evaluations_is_the_best() {
+        assert_eq!(best(&evals(&[(1.0, 2.0), (1.0, 1.0), (1.0, 1.0)])), Some(1));
+        assert_eq!(best(&[]), None);
+    }
+}
