@@ -110,6 +110,18 @@ impl Example {
             .map_or("", |message| &message.content)
     }
 
+    /// Everything before the last answer but the system message, for comparing what was asked: of a conversation
+    /// of one turn this is the question.
+    pub(crate) fn asked(&self) -> String {
+        let end = self
+            .messages
+            .iter()
+            .rposition(|message| message.role == "assistant")
+            .unwrap_or(self.messages.len());
+        let turns = self.messages[..end].iter().filter(|message| message.role != "system");
+        turns.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+    }
+
     /// The last assistant message.
     pub fn answer(&self) -> &str {
         self.messages
@@ -176,3 +188,9 @@ pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableErr
     out.flush()?;
     Ok(())
 }
+
+pub(crate) mod formats;
+pub(crate) mod near_duplicates;
+pub(crate) mod quality;
+pub(crate) mod split;
+pub(crate) mod words;
