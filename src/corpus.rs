@@ -168,3 +168,12 @@ pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableErr
     out.flush()?;
     Ok(())
 }
+
+pub(crate) mod chunk;
+pub(crate) mod clean;
+pub(crate) mod front_matter;
+pub(crate) mod markdown;
+pub(crate) mod pages;
+pub(crate) mod pdf;
+pub(crate) mod plain;
+pub(crate) mod reader;
