@@ -189,8 +189,11 @@ pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableErr
     Ok(())
 }
 
-pub(crate) mod formats;
-pub(crate) mod near_duplicates;
-pub(crate) mod quality;
-pub(crate) mod split;
-pub(crate) mod words;
+pub(crate) mod chunk;
+pub(crate) mod clean;
+pub(crate) mod front_matter;
+pub(crate) mod markdown;
+pub(crate) mod pages;
+pub(crate) mod pdf;
+pub(crate) mod plain;
+pub(crate) mod reader;

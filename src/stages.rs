@@ -2,14 +2,10 @@
 
 use tunesmith_pipeline::stage::StageKind;
 
-mod dedupe;
-mod generate;
+mod chunk;
 #[cfg(test)]
 mod harness;
-mod load;
-mod split;
-mod validate;
+mod ingest;
 
 /// Every kind, in the order a pipeline usually has them.
-pub static STAGES: &[&dyn StageKind] =
-    &[&generate::Generate, &load::Load, &validate::Validate, &dedupe::Dedupe, &split::Split];
+pub static STAGES: &[&dyn StageKind] = &[&ingest::Ingest::IN_CHILD, &chunk::Chunk];
