@@ -11,6 +11,20 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub(crate) mod chunk;
+pub(crate) mod clean;
+pub(crate) mod formats;
+pub(crate) mod front_matter;
+pub(crate) mod markdown;
+pub(crate) mod near_duplicates;
+pub(crate) mod pages;
+pub(crate) mod pdf;
+pub(crate) mod plain;
+pub(crate) mod quality;
+pub(crate) mod reader;
+pub(crate) mod split;
+pub(crate) mod words;
+
 /// One piece of a note: a Markdown or text file, or one page of a PDF. Table `documents.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
@@ -188,12 +202,3 @@ pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableErr
     out.flush()?;
     Ok(())
 }
-
-pub(crate) mod chunk;
-pub(crate) mod clean;
-pub(crate) mod front_matter;
-pub(crate) mod markdown;
-pub(crate) mod pages;
-pub(crate) mod pdf;
-pub(crate) mod plain;
-pub(crate) mod reader;

@@ -1,9 +1,18 @@
 //! `tunesmith`: one binary that turns a person's notes into their own assistant model.
 
+mod cli;
 mod corpus;
+mod evaluate;
 mod llm;
+mod report;
 mod stages;
 
-fn main() {
-    let _ = stages::STAGES;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("TUNESMITH_LOG").unwrap_or_else(|_| "error".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    cli::main()
 }

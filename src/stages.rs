@@ -1,11 +1,86 @@
 //! The one list of stage kinds. Manifest checks, JSON Schema, `docs/stages.md` and completions come from it.
 
-use tunesmith_pipeline::stage::StageKind;
+use std::fmt::Write as _;
+
+use serde_json::Value;
+use tunesmith_pipeline::stage::{Arity, StageKind};
 
 mod chunk;
+mod dedupe;
+mod eval;
+mod exec;
+mod generate;
 #[cfg(test)]
 mod harness;
 mod ingest;
+mod load;
+mod model;
+mod report;
+mod split;
+mod train;
+mod validate;
 
 /// Every kind, in the order a pipeline usually has them.
-pub static STAGES: &[&dyn StageKind] = &[&ingest::Ingest::IN_CHILD, &chunk::Chunk];
+pub(crate) static STAGES: &[&dyn StageKind] = &[
+    &ingest::Ingest::IN_CHILD,
+    &chunk::Chunk,
+    &generate::Generate,
+    &load::Load,
+    &validate::Validate,
+    &dedupe::Dedupe,
+    &split::Split,
+    &model::Model,
+    &train::Train,
+    &eval::Eval,
+    &report::Report,
+    &exec::Exec,
+];
+
+/// `docs/stages.md`: every kind with its inputs, outputs and parameters.
+pub(crate) fn markdown() -> String {
+    let mut page = String::from("# Stages\n\nWritten by `tunesmith schema --markdown` from the stage kinds; do not edit.\n");
+    for kind in STAGES {
+        describe(*kind, &mut page).expect("a string takes everything");
+    }
+    page
+}
+
+fn describe(kind: &dyn StageKind, page: &mut String) -> std::fmt::Result {
+    writeln!(page, "\n## {}\n\n{}", kind.name(), kind.doc())?;
+    if !kind.inputs().is_empty() {
+        writeln!(page, "\n| input | what | how many |\n|---|---|---|")?;
+        for slot in kind.inputs() {
+            let arity = match slot.arity {
+                Arity::One => "one",
+                Arity::Optional => "one or none",
+                Arity::Any => "any number",
+            };
+            writeln!(page, "| `{}` | {} | {arity} |", slot.name, cell(slot.doc))?;
+        }
+    }
+    writeln!(page, "\n| output | what |\n|---|---|")?;
+    for (name, doc) in kind.outputs() {
+        writeln!(page, "| `{name}` | {} |", cell(doc))?;
+    }
+    let schema = kind.schema().to_value();
+    let required: Vec<&str> =
+        schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if let Some(properties) = schema["properties"].as_object().filter(|properties| !properties.is_empty()) {
+        writeln!(page, "\n| parameter | default | what |\n|---|---|---|")?;
+        for (name, property) in properties {
+            let default = match property.get("default") {
+                _ if required.contains(&name.as_str()) => "required".to_owned(),
+                None | Some(Value::Null) => String::new(),
+                Some(default) => format!("`{default}`"),
+            };
+            let what = property["description"].as_str().unwrap_or_default();
+            writeln!(page, "| `{name}` | {default} | {} |", cell(what))?;
+        }
+    }
+    Ok(())
+}
+
+/// Text that may stand in a table cell.
+fn cell(text: &str) -> String {
+    text.replace('\n', " ").replace('|', "\\|")
+}
