@@ -78,10 +78,7 @@ pub fn load(
     let located = problems.into_located(&sources);
     match pipeline {
         Some(pipeline) if !has_errors => Ok(Loaded { pipeline, warnings: located }),
-        _ => {
-            let problems = located.into_iter().filter(|problem| !problem.is_warning).collect();
-            Err(ManifestErrors { problems })
-        }
+        _ => Err(ManifestErrors { problems: located }),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::manifest::source::Span;
 /// Deepest nesting of a file.
 pub(crate) const DEPTH_MAX: usize = 64;
 /// Most values in a file.
-pub(crate) const NODES_MAX: usize = 1_000_000;
+pub(crate) const NODES_MAX: usize = 500_000;
 
 /// A value and where it stands.
 #[derive(Debug, Clone, PartialEq)]

@@ -190,17 +190,18 @@ impl Problem {
 #[derive(Default)]
 pub(crate) struct Problems {
     list: Vec<Problem>,
+    /// Apart, so that many of them leave room for errors.
+    warnings: Vec<Problem>,
     errors: usize,
 }
 
 impl Problems {
-    /// Adds one; beyond the limit errors are only counted.
+    /// Adds one; beyond the limit errors are only counted, and warnings are dropped.
     pub(crate) fn push(&mut self, problem: Problem) {
-        if !problem.is_warning {
-            self.errors += 1;
-        }
-        if self.list.len() < PROBLEMS_MAX && !self.list.contains(&problem) {
-            self.list.push(problem);
+        self.errors += usize::from(!problem.is_warning);
+        let list = if problem.is_warning { &mut self.warnings } else { &mut self.list };
+        if list.len() < PROBLEMS_MAX && !list.contains(&problem) {
+            list.push(problem);
         }
     }
 
@@ -223,12 +224,15 @@ impl Problems {
         if self.is_full() { None } else { suggestion(word, known) }
     }
 
-    /// Everything, located and in the order of the files; errors and warnings alike.
-    pub(crate) fn into_located(mut self, sources: &Sources) -> Vec<ManifestProblem> {
-        self.list.sort_by_key(|problem| problem.span);
-        let is_cut = self.list.len() >= PROBLEMS_MAX && self.errors > PROBLEMS_MAX;
-        let mut located: Vec<_> = self.list.into_iter().map(|problem| problem.locate(sources)).collect();
-        if is_cut && let Some(last) = located.last_mut() {
+    /// Everything, located and in the order of the files; the errors if there are any, else the warnings.
+    pub(crate) fn into_located(self, sources: &Sources) -> Vec<ManifestProblem> {
+        let mut list = if self.errors > 0 { self.list } else { self.warnings };
+        list.sort_by_key(|problem| problem.span);
+        let mut located: Vec<_> = list.into_iter().map(|problem| problem.locate(sources)).collect();
+        if self.errors > PROBLEMS_MAX
+            && located.len() == PROBLEMS_MAX
+            && let Some(last) = located.last_mut()
+        {
             let more = format!("{} more problems are not shown", self.errors - PROBLEMS_MAX);
             last.hint = Some(match last.hint.take() {
                 Some(hint) => format!("{hint}; {more}"),

@@ -13,9 +13,12 @@ use serde_json::json;
 use super::*;
 use crate::stage::{Arity, InputSlot, ParamProblem, StageContext, StageError};
 
-mod errors;
+mod files;
 mod hostile;
 mod meaning;
+mod references;
+mod values;
+mod views;
 
 /// Reads notes.
 #[derive(Deserialize, JsonSchema)]
