@@ -32,7 +32,7 @@ mod report;
 mod services;
 mod sources;
 
-pub use error::RunnerError;
+pub use error::{RunnerError, SourceError, SourceProblem};
 pub use report::{ErrorReport, RunReport, StageReport, StageState};
 
 use assess::{Assessment, Finding};

@@ -159,12 +159,12 @@ impl<'a> Driver<'a> {
     }
 
     /// Takes a result that stands; `Err` if it turns out not to.
-    fn take_cached(&mut self, id: StageId, record: Arc<ActionRecord>) -> Result<(), StoreError> {
+    fn take_cached(&mut self, id: StageId, record: &Arc<ActionRecord>) -> Result<(), StoreError> {
         let (stage, shared) = (self.stage(id), self.shared);
-        shared.settle(stage, &record)?;
+        shared.settle(stage, record)?;
         let known = self.assessment.latest.get(&stage.name);
         if known.is_none_or(|latest| latest.key != record.key) {
-            shared.set_latest(stage, &record)?;
+            shared.set_latest(stage, record)?;
         }
         shared.recorder.report(&RunEvent::StageCached { stage: stage.name.clone() });
         self.settled(id, record, StageState::Cached, 0.0);
@@ -197,7 +197,7 @@ impl<'a> Driver<'a> {
     }
 
     /// Writes down that a result stands. True if another one stood before.
-    fn settled(&mut self, id: StageId, record: Arc<ActionRecord>, state: StageState, seconds: f64) -> bool {
+    fn settled(&mut self, id: StageId, record: &Arc<ActionRecord>, state: StageState, seconds: f64) -> bool {
         let rows = match state {
             StageState::Ran => record.rows,
             _ => RowCounts { new: 0, remembered: record.rows.total - record.rows.failed, ..record.rows },
@@ -255,7 +255,7 @@ impl<'a> Work for Driver<'a> {
         // the damaged object is set aside, so that it has to be made again.
         for _ in 0..2 {
             let result = match self.finding(id) {
-                Ok(Finding::Cached(record)) => self.take_cached(id, record),
+                Ok(Finding::Cached(record)) => self.take_cached(id, &record),
                 Ok(Finding::Run { key, parts, reasons }) => {
                     let job = self.job(id, key, parts, reasons);
                     return Verdict::Start(job, self.stage(id).kind.cost());
@@ -292,11 +292,11 @@ impl<'a> Work for Driver<'a> {
                     rows: (record.rows.total > 0).then_some(record.rows),
                     metrics: record.metrics.clone(),
                 });
-                Settlement::Settled { changed: self.settled(id, record, StageState::Ran, seconds) }
+                Settlement::Settled { changed: self.settled(id, &record, StageState::Ran, seconds) }
             }
             Done::Found(record) => {
                 self.shared.recorder.report(&RunEvent::StageCached { stage: stage.name.clone() });
-                Settlement::Settled { changed: self.settled(id, record, StageState::Cached, 0.0) }
+                Settlement::Settled { changed: self.settled(id, &record, StageState::Cached, 0.0) }
             }
             Done::Damaged(needs) => Settlement::Remake(needs),
             Done::Failed(failure) => {

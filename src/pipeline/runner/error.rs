@@ -18,48 +18,56 @@ pub enum RunnerError {
         /// The next step for the user.
         hint: String,
     },
-    /// A source of a stage has no files.
-    #[error("stage `{stage}` finds no files: `{param}` matches nothing ({patterns})")]
-    EmptySource {
-        /// The stage.
-        stage: String,
-        /// The parameter with the patterns.
-        param: String,
-        /// The patterns, in backticks.
-        patterns: String,
-        /// Where they are written.
-        place: Box<Option<Located>>,
-    },
-    /// A pattern is no glob.
-    #[error("stage `{stage}`: `{param}` has a pattern that cannot be used: {source}")]
-    Pattern {
-        /// The stage.
-        stage: String,
-        /// The parameter with the pattern.
-        param: String,
-        /// What is wrong with it.
-        source: globset::Error,
-        /// Where it is written.
-        place: Box<Option<Located>>,
-    },
-    /// A source file cannot be read.
-    #[error("stage `{stage}` cannot read its sources (`{param}`): {source}")]
-    Source {
-        /// The stage.
-        stage: String,
-        /// The parameter with the patterns.
-        param: String,
-        /// What went wrong; the text names the file.
-        source: StoreError,
-        /// Where the patterns are written.
-        place: Box<Option<Located>>,
-    },
+    /// The sources of a stage cannot be used.
+    #[error(transparent)]
+    Source(#[from] Box<SourceError>),
     /// Sources kept changing.
     #[error("the source files change faster than they can be read")]
     Restless,
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// The sources of a stage cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("stage `{stage}` cannot use its sources: {problem}")]
+pub struct SourceError {
+    /// The stage.
+    pub stage: String,
+    /// The parameter with the patterns.
+    pub param: String,
+    /// What is wrong.
+    #[source]
+    pub problem: SourceProblem,
+    /// Where the parameter is written.
+    place: Option<Located>,
+}
+
+impl SourceError {
+    pub(super) fn new(stage: &Stage, param: &str, problem: SourceProblem) -> Box<Self> {
+        let place = Located::parameter(stage, param);
+        Box::new(Self { stage: stage.name.clone(), param: param.to_owned(), problem, place })
+    }
+}
+
+/// What is wrong with the sources of a stage.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceProblem {
+    /// Nothing matches.
+    #[error("`{param}` matches no file ({patterns})")]
+    Empty {
+        /// The parameter with the patterns.
+        param: String,
+        /// The patterns, in backticks.
+        patterns: String,
+    },
+    /// A pattern is no glob.
+    #[error("{0}")]
+    Pattern(#[from] globset::Error),
+    /// A file cannot be read or taken into the store; the text names it.
+    #[error("{0}")]
+    File(#[from] StoreError),
 }
 
 impl RunnerError {
@@ -85,9 +93,11 @@ impl RunnerError {
     pub fn stable_code(&self) -> &'static str {
         match self {
             Self::UnknownStage { .. } => "run::unknown_stage",
-            Self::EmptySource { .. } => "source::empty",
-            Self::Pattern { .. } => "source::pattern",
-            Self::Source { .. } => "source::unreadable",
+            Self::Source(error) => match error.problem {
+                SourceProblem::Empty { .. } => "source::empty",
+                SourceProblem::Pattern(_) => "source::pattern",
+                SourceProblem::File(_) => "source::unreadable",
+            },
             Self::Restless => "source::restless",
             Self::Store(error) => error.code(),
         }
@@ -97,15 +107,17 @@ impl RunnerError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownStage { hint, .. } => Some(hint.clone()),
-            Self::EmptySource { .. } => Some(
-                "paths are relative to the manifest's folder; a folder takes everything below it, `**/*.md` \
-                 takes files by pattern, and hidden files are left out"
-                    .to_owned(),
-            ),
-            Self::Pattern { .. } => {
-                Some("`*`, `?`, `[a-z]`, `{a,b}` and `**` are special; put others in `[...]`".to_owned())
-            }
-            Self::Source { source, .. } => source.hint().map(str::to_owned),
+            Self::Source(error) => match &error.problem {
+                SourceProblem::Empty { .. } => Some(
+                    "paths are relative to the manifest's folder; a folder takes everything below it, \
+                     `**/*.md` takes files by pattern, and hidden files are left out"
+                        .to_owned(),
+                ),
+                SourceProblem::Pattern(_) => {
+                    Some("`*`, `?`, `[a-z]`, `{a,b}` and `**` are special; put others in `[...]`".to_owned())
+                }
+                SourceProblem::File(error) => error.hint().map(str::to_owned),
+            },
             Self::Restless => Some("run again once they are at rest".to_owned()),
             Self::Store(error) => error.hint().map(str::to_owned),
         }
@@ -119,18 +131,14 @@ impl RunnerError {
     /// The stage it is about.
     pub fn stage(&self) -> Option<&str> {
         match self {
-            Self::EmptySource { stage, .. } | Self::Pattern { stage, .. } | Self::Source { stage, .. } => {
-                Some(stage)
-            }
+            Self::Source(error) => Some(&error.stage),
             Self::UnknownStage { .. } | Self::Restless | Self::Store(_) => None,
         }
     }
 
     fn located(&self) -> Option<&Located> {
         match self {
-            Self::EmptySource { place, .. } | Self::Pattern { place, .. } | Self::Source { place, .. } => {
-                (**place).as_ref()
-            }
+            Self::Source(error) => error.place.as_ref(),
             Self::UnknownStage { .. } | Self::Restless | Self::Store(_) => None,
         }
     }
@@ -159,7 +167,7 @@ impl Diagnostic for RunnerError {
 
 /// A place in a manifest together with the manifest's text.
 #[derive(Debug)]
-pub struct Located {
+struct Located {
     place: Place,
     text: Option<NamedSource<String>>,
     offset: usize,
@@ -167,7 +175,7 @@ pub struct Located {
 
 impl Located {
     /// The place of a stage's parameter, or of the nearest thing around it that has a place.
-    pub(super) fn parameter(stage: &Stage, param: &str) -> Option<Self> {
+    fn parameter(stage: &Stage, param: &str) -> Option<Self> {
         let place = place_of(stage, param)?.clone();
         // The text is for show; if it cannot be read any more the place alone has to do.
         let text = fs_err::read_to_string(&place.file).ok();

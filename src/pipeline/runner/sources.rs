@@ -19,7 +19,7 @@ use crate::stage::{EmptySource, OutputFile, SourceFile, SourceSpec};
 use crate::stat_index::{Known, Signature};
 use crate::store::{Placed, Store, StoreError, metadata_of, tree_digest};
 
-use super::error::{Located, RunnerError};
+use super::error::{RunnerError, SourceError, SourceProblem};
 
 /// How often a file that changes while it is read is read again.
 const READS_MAX: usize = 3;
@@ -75,17 +75,6 @@ struct Match {
     metadata: Metadata,
 }
 
-enum Problem {
-    Pattern(globset::Error),
-    Store(StoreError),
-}
-
-impl<E: Into<StoreError>> From<E> for Problem {
-    fn from(error: E) -> Self {
-        Self::Store(error.into())
-    }
-}
-
 impl<'a> SourceReader<'a> {
     pub(super) fn new(pipeline: &Pipeline, store: &'a Store, taking: Taking) -> Result<Self, StoreError> {
         let dir = if pipeline.dir.as_os_str().is_empty() { Path::new(".") } else { &pipeline.dir };
@@ -98,33 +87,21 @@ impl<'a> SourceReader<'a> {
     }
 
     fn read_one(&mut self, stage: &Stage, spec: SourceSpec) -> Result<Snapshot, RunnerError> {
-        let place = || Box::new(Located::parameter(stage, &spec.param));
-        let names = || (stage.name.clone(), spec.param.clone());
-        let files = self.files(&spec.patterns).map_err(|problem| {
-            let ((stage, param), place) = (names(), place());
-            match problem {
-                Problem::Pattern(source) => RunnerError::Pattern { stage, param, source, place },
-                Problem::Store(source) => RunnerError::Source { stage, param, source, place },
-            }
-        })?;
+        let refused = |problem| SourceError::new(stage, &spec.param, problem);
+        let files = self.files(&spec.patterns).map_err(refused)?;
         if files.is_empty() && spec.empty == EmptySource::Refused {
             let patterns: Vec<String> = spec.patterns.iter().map(|pattern| format!("`{pattern}`")).collect();
-            let (stage, param) = names();
-            return Err(RunnerError::EmptySource {
-                stage,
-                param,
-                patterns: patterns.join(", "),
-                place: place(),
-            });
+            let problem = SourceProblem::Empty { param: spec.param.clone(), patterns: patterns.join(", ") };
+            return Err(refused(problem).into());
         }
         Ok(Snapshot::new(spec.name, files))
     }
 
     /// The files that any of the patterns matches, sorted by path.
-    fn files(&mut self, patterns: &[String]) -> Result<Vec<SourceFile>, Problem> {
+    fn files(&mut self, patterns: &[String]) -> Result<Vec<SourceFile>, SourceProblem> {
         let mut files = BTreeMap::new();
         for pattern in patterns {
-            let search = Search::new(&self.dir, pattern).map_err(Problem::Pattern)?;
+            let search = Search::new(&self.dir, pattern)?;
             let known = self.store.files().known_below(text_of(&search.base)?).map_err(StoreError::from)?;
             for found in search.run(self.store.root())? {
                 let placed = match self.seen.get(&found.name) {

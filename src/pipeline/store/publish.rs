@@ -149,8 +149,10 @@ impl Store {
     }
 }
 
-/// Brings what a person changed or added in `old` over to `folder`.
+/// Brings what a person changed or added in `old` over to `folder`: first the files that are the person's
+/// own, under their names, then edited ones of ours beside the new ones.
 fn carry(old: &Path, folder: &Path, ours: &BTreeMap<String, Digest>) -> Result<(), StoreError> {
+    let (mut added, mut edited) = (Vec::new(), Vec::new());
     for entry in walkdir::WalkDir::new(old).min_depth(1).sort_by_file_name() {
         let entry = entry.map_err(io::Error::from)?;
         if entry.file_type().is_dir() {
@@ -158,25 +160,33 @@ fn carry(old: &Path, folder: &Path, ours: &BTreeMap<String, Digest>) -> Result<(
         }
         let relative = entry.path().strip_prefix(old).expect("a walk stays below its root");
         let target = folder.join(relative);
+        let put_there = relative.to_str().and_then(|path| ours.get(path));
         if entry.file_type().is_file() {
             let digest = hash_object(entry.path())?;
-            let untouched = relative.to_str().and_then(|path| ours.get(path)) == Some(&digest);
-            if untouched || (target.is_file() && hash_object(&target)? == digest) {
+            if put_there == Some(&digest) || (target.is_file() && hash_object(&target)? == digest) {
                 continue;
             }
         }
-        let was_ours = relative.to_str().is_some_and(|path| ours.contains_key(path));
-        let target =
-            if was_ours || target.symlink_metadata().is_ok() { edited_name(&target)? } else { target };
-        if let Some(parent) = target.parent() {
-            fs_err::create_dir_all(parent)?;
-        }
-        fs_err::rename(entry.path(), &target)?;
-        if was_ours {
-            tracing::warn!("`{}` was edited by hand and is kept under this name", target.display());
-        }
+        let list = if put_there.is_some() { &mut edited } else { &mut added };
+        list.push((entry.into_path(), target));
+    }
+    for (path, target) in added {
+        let is_free = target.symlink_metadata().is_err();
+        keep(&path, if is_free { target } else { edited_name(&target)? })?;
+    }
+    for (path, target) in edited {
+        let target = edited_name(&target)?;
+        tracing::warn!("a result was edited by hand; the edited file is now `{}`", target.display());
+        keep(&path, target)?;
     }
     Ok(())
+}
+
+fn keep(path: &Path, target: PathBuf) -> io::Result<()> {
+    if let Some(parent) = target.parent() {
+        fs_err::create_dir_all(parent)?;
+    }
+    fs_err::rename(path, target)
 }
 
 /// `<file>.edited`, or the first of `<file>.edited.2`, `.3`, … that is free.
