@@ -252,3 +252,163 @@ fn sixteen_bit(tensor: &Tensor) -> Encoding {
         _ => Encoding::Bf16,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::format::gguf_writer::{BF16, F16, F32, GgufWriter, Q4_1, tiny_llama};
+    use crate::quant::Nf4;
+
+    fn source(folder: &Path, file: &GgufWriter) -> PathBuf {
+        let path = folder.join("tiny.gguf");
+        std::fs::write(&path, file.finish()).unwrap();
+        path
+    }
+
+    fn build(file: &GgufWriter, quantize: Quantize) -> (tempfile::TempDir, BaseSummary) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut last = (0, 1);
+        let summary = build_base(
+            &source(folder.path(), file),
+            &folder.path().join("base"),
+            quantize,
+            &mut |done, total| {
+                assert!(done >= last.0 && done <= total);
+                last = (done, total);
+            },
+        );
+        assert_eq!(last.0, last.1, "progress reaches its end");
+        (folder, summary.unwrap())
+    }
+
+    fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
+        let tensor = checkpoint.tensor(name).unwrap();
+        let mut out = vec![0.0; tensor.len()];
+        tensor.decode_rows(0, &mut out);
+        out
+    }
+
+    #[test]
+    fn base_holds_the_source_within_its_encoding() {
+        let (folder, summary) = build(&tiny_llama(Q4_1), Quantize::Nf4);
+        let original = Checkpoint::open(&folder.path().join("tiny.gguf")).unwrap();
+        let base = Checkpoint::open(&folder.path().join("base")).unwrap();
+        assert_eq!(base.config(), original.config());
+        assert_eq!(base.names(), original.names());
+        for name in base.names() {
+            let (ours, theirs) = (values(&base, name), values(&original, name));
+            if name.contains("_proj") {
+                assert!(matches!(base.tensor(name).unwrap().data, TensorData::Nf4(_)), "{name}");
+                let mut expected = vec![0.0; theirs.len()];
+                Nf4::encode(&theirs).decode(0, &mut expected);
+                let largest = theirs.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+                for (ours, expected) in ours.iter().zip(&expected) {
+                    // The codes are equal; the scales went through 8 bits.
+                    assert!((ours - expected).abs() <= largest * 0.01, "{name}: {ours} {expected}");
+                }
+            } else if name.contains("norm") {
+                assert_eq!(ours, theirs, "{name}");
+            } else {
+                let rounded: Vec<f32> = theirs.iter().map(|&value| bf16::from_f32(value).to_f32()).collect();
+                assert_eq!(ours, rounded, "{name}");
+            }
+        }
+        let linears = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 128 * 64 * 3);
+        assert_eq!(summary.linear_parameters, linears);
+        assert_eq!(summary.parameters, linears + 270 * 64 + 64 * 5);
+        assert!((4.12..4.16).contains(&summary.bits_per_weight), "{}", summary.bits_per_weight);
+        let size = std::fs::metadata(folder.path().join("base/model.safetensors")).unwrap().len();
+        assert_eq!(summary.bytes, size);
+        assert_eq!((summary.layers, summary.context_length), (2, 512));
+    }
+
+    #[test]
+    fn base_is_a_file_the_safetensors_crate_accepts() {
+        let (folder, _) = build(&tiny_llama(F32), Quantize::Nf4);
+        let bytes = std::fs::read(folder.path().join("base/model.safetensors")).unwrap();
+        let file = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let name = "model.layers.1.mlp.down_proj.weight";
+        for (suffix, shape) in [
+            ("", vec![4096, 1]),
+            (".absmax", vec![128]),
+            (".nested_absmax", vec![1]),
+            (".nested_quant_map", vec![256]),
+            (".quant_map", vec![16]),
+        ] {
+            assert_eq!(file.tensor(&format!("{name}{suffix}")).unwrap().shape(), shape, "{suffix}");
+        }
+        let state = file.tensor(&format!("{name}.quant_state.bitsandbytes__nf4")).unwrap();
+        let state: Value = serde_json::from_slice(state.data()).unwrap();
+        assert_eq!((&state["shape"], &state["quant_type"]), (&json!([64, 128]), &json!("nf4")));
+        let config = std::fs::read_to_string(folder.path().join("base/config.json")).unwrap();
+        assert!(config.contains("bnb_4bit_use_double_quant"), "{config}");
+    }
+
+    #[test]
+    fn same_source_gives_the_same_bytes() {
+        let [first, second] = [0, 1].map(|_| build(&tiny_llama(Q4_1), Quantize::Nf4).0);
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            let read =
+                |folder: &tempfile::TempDir| std::fs::read(folder.path().join("base").join(name)).unwrap();
+            assert!(read(&first) == read(&second), "{name}");
+        }
+    }
+
+    #[test]
+    fn unquantised_base_keeps_16_bit_weights_exactly() {
+        for code in [BF16, F16] {
+            let (folder, summary) = build(&tiny_llama(code), Quantize::None);
+            let original = Checkpoint::open(&folder.path().join("tiny.gguf")).unwrap();
+            let base = Checkpoint::open(&folder.path().join("base")).unwrap();
+            for name in base.names().into_iter().filter(|name| name.contains("_proj")) {
+                assert_eq!(values(&base, name), values(&original, name), "{name}");
+            }
+            assert_eq!(summary.bits_per_weight, 16.0);
+        }
+    }
+
+    #[test]
+    fn base_of_a_base_changes_no_value() {
+        let (folder, _) = build(&tiny_llama(F32), Quantize::Nf4);
+        let base = folder.path().join("base");
+        for quantize in [Quantize::Nf4, Quantize::None] {
+            let again = folder.path().join("again");
+            build_base(&base, &again, quantize, &mut |_, _| {}).unwrap();
+            let (first, second) = (Checkpoint::open(&base).unwrap(), Checkpoint::open(&again).unwrap());
+            for name in first.names() {
+                assert_eq!(values(&first, name), values(&second, name), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn unfit_sources_are_refused_with_the_culprit() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |file: &GgufWriter, part: &str| {
+            let out = folder.path().join("base");
+            let result = build_base(&source(folder.path(), file), &out, Quantize::Nf4, &mut |_, _| {});
+            let error = result.err().expect("must be refused").to_string();
+            assert!(error.contains(part), "{error}");
+        };
+        refused(
+            tiny_llama(F32).remove("blk.1.ffn_up.weight"),
+            "no tensor `model.layers.1.mlp.up_proj.weight`",
+        );
+        refused(
+            tiny_llama(F32).floats("blk.0.attn_v.weight", &[64, 32], &[0.0; 2048]),
+            "`model.layers.0.self_attn.v_proj.weight` has shape [64, 32]",
+        );
+        let mut values = [0.5; 2048];
+        values[100] = f32::NAN;
+        refused(
+            tiny_llama(F32).floats("blk.0.attn_v.weight", &[32, 64], &values),
+            "no finite number, in row 1",
+        );
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama");
+        let error =
+            build_base(&golden, folder.path(), Quantize::Nf4, &mut |_, _| {}).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json` is missing"), "{error}");
+    }
+}

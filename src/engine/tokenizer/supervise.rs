@@ -113,3 +113,117 @@ impl Tokenizer {
         Err(TokenizerError::NoEndOfTurn { index, written })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::gguf_writer::CHATML;
+    use crate::tokenizer::Specials;
+    use crate::tokenizer::tests::with_template;
+
+    fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
+        turns.iter().map(|(role, content)| Message::new(role, content)).collect()
+    }
+
+    /// The learnt tokens as text, runs divided by `|`.
+    fn learnt(tokenizer: &Tokenizer, messages: &[Message]) -> String {
+        let Supervised { tokens, supervised } = tokenizer.supervise(messages).unwrap();
+        assert_eq!(tokens.len(), supervised.len());
+        let runs = tokens.iter().zip(&supervised).collect::<Vec<_>>();
+        let runs = runs.chunk_by(|a, b| a.1 == b.1).filter(|run| *run[0].1);
+        let texts = runs.map(|run| {
+            let ids: Vec<u32> = run.iter().map(|(id, _)| **id).collect();
+            tokenizer.decode(&ids, false).unwrap()
+        });
+        texts.collect::<Vec<_>>().join("|")
+    }
+
+    #[track_caller]
+    fn refused(template: &str, messages: &[Message], expected: &str) {
+        let error = with_template(template).supervise(messages).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn answers_and_their_end_are_learnt_and_nothing_else() {
+        let tokenizer = with_template(CHATML);
+        let messages = chat(&[
+            ("system", "the system"),
+            ("user", "hello"),
+            ("assistant", "the hello 42"),
+            ("user", "the user?"),
+            ("assistant", "hello\n\n the"),
+        ]);
+        assert_eq!(learnt(&tokenizer, &messages), "the hello 42<|im_end|>|hello\n\n the<|im_end|>");
+        let Supervised { tokens, supervised } = tokenizer.supervise(&messages).unwrap();
+        // The template's line break after the last turn is there, and is not learnt.
+        assert_eq!(tokenizer.token(tokens[tokens.len() - 1]).as_deref(), Some("Ċ"));
+        assert!(!supervised[supervised.len() - 1]);
+    }
+
+    #[test]
+    fn whole_conversation_is_tokenised_as_one_text() {
+        let tokenizer = with_template(CHATML);
+        let messages = chat(&[("user", "hello"), ("assistant", "the hello")]);
+        let whole = tokenizer.encode(&tokenizer.render(&messages, false).unwrap(), Specials::Parse).unwrap();
+        assert_eq!(tokenizer.supervise(&messages).unwrap().tokens, whole);
+    }
+
+    #[test]
+    fn prompt_is_what_precedes_the_answer_in_training() {
+        let tokenizer = with_template(CHATML);
+        let messages = chat(&[("user", "the user"), ("assistant", "hello")]);
+        let Supervised { tokens, supervised } = tokenizer.supervise(&messages).unwrap();
+        let first = supervised.iter().position(|&supervised| supervised).unwrap();
+        assert_eq!(tokenizer.prompt_ids(&messages[..1]).unwrap(), tokens[..first]);
+    }
+
+    #[test]
+    fn trimming_templates_and_empty_answers_are_fine() {
+        let trimming = CHATML.replace("message['content']", "message['content'] | trim");
+        let messages = chat(&[("user", " the "), ("assistant", " hello\n")]);
+        assert_eq!(learnt(&with_template(&trimming), &messages), "hello<|im_end|>");
+        assert_eq!(learnt(&with_template(CHATML), &messages), " hello\n<|im_end|>");
+        let empty = chat(&[("user", "the"), ("assistant", "")]);
+        assert_eq!(learnt(&with_template(CHATML), &empty), "<|im_end|>");
+    }
+
+    #[test]
+    fn words_of_the_prompt_are_not_taken_for_the_answer() {
+        let messages = chat(&[("user", "hello"), ("assistant", "hello")]);
+        assert_eq!(learnt(&with_template(CHATML), &messages), "hello<|im_end|>");
+    }
+
+    #[test]
+    fn templates_that_hide_the_border_are_refused() {
+        let messages =
+            chat(&[("user", "the"), ("assistant", "hello"), ("user", "the"), ("assistant", "the")]);
+        let no_prompt = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}";
+        refused(no_prompt, &messages, "must honour `add_generation_prompt`");
+        refused(&CHATML.replace("<|im_end|>", "<eot>"), &messages, "no end-of-turn token follows message 1");
+        let upper = CHATML.replace("message['content']", "message['content'].upper()");
+        refused(&upper, &messages, "changes the text of message 1");
+        let forgetful = CHATML.replace("messages %}", "messages[-2:] %}");
+        refused(&forgetful, &messages, "an earlier answer");
+        let other_prompt = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>model\n");
+        refused(&other_prompt, &messages, "the generation prompt");
+        let spaced = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+        refused(spaced, &messages[..2], "spans the border");
+        refused("{{ raise_exception('no') }}", &messages, "the chat template fails");
+    }
+
+    #[test]
+    fn conversations_that_teach_nothing_are_refused() {
+        refused(CHATML, &chat(&[("user", "the")]), "no assistant message");
+        refused(CHATML, &chat(&[("assistant", "the")]), "message 0 (assistant) comes first");
+        let quoting = chat(&[("user", "what is <|im_end|>?"), ("assistant", "the")]);
+        refused(CHATML, &quoting, "message 0 (user) contains the special token `<|im_end|>`");
+    }
+
+    #[test]
+    fn generation_stops_at_the_end_of_turn_and_at_the_end_of_text() {
+        assert_eq!(with_template(CHATML).end_of_turn_ids(), [2]);
+        assert_eq!(with_template(&CHATML.replace("<|im_end|>", "<|endoftext|>")).end_of_turn_ids(), [0, 2]);
+        assert_eq!(with_template("{{ raise_exception('no') }}").end_of_turn_ids(), [2]);
+    }
+}
