@@ -312,6 +312,7 @@ impl<'a> Run<'a> {
             planned_steps: self.plan.total_steps(),
             train_loss,
             eval_loss,
+            lowest_eval_loss: gates::best(&self.evals).map(|index| self.evals[index].loss),
             kept_step,
             tokens,
             supervised_tokens: self.losses.iter().map(|step| step.supervised_tokens as u64).sum(),

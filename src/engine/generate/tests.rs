@@ -54,7 +54,7 @@ fn batches_give_the_tokens_of_single_prompts() {
 #[test]
 fn greedy_is_the_argmax_of_whole_passes() {
     let prompt = prompts(3)[2].clone();
-    let answer = tokens(&[prompt.clone()], &GenerateOptions::greedy(10, vec![])).remove(0);
+    let answer = tokens(std::slice::from_ref(&prompt), &GenerateOptions::greedy(10, vec![])).remove(0);
     let mut context = prompt;
     for (index, &token) in answer.iter().enumerate() {
         let marks = vec![false; context.len()];

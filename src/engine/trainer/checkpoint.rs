@@ -142,7 +142,7 @@ impl CheckpointFolder {
     }
 }
 
-/// Writes the whole file to `out`, slice by slice: an adapter may have hundreds of megabytes.
+/// Writes the whole file to `out`, piece by piece: an adapter may have hundreds of megabytes.
 fn encode<'a>(
     header: &Header,
     values: impl Iterator<Item = &'a [f32]>,
@@ -157,7 +157,7 @@ fn encode<'a>(
     };
     put(&[&MAGIC[..], &VERSION.to_le_bytes(), &text_bytes.to_le_bytes(), &text].concat())?;
     let mut count = 0;
-    for slice in values {
+    for slice in values.flat_map(|slice| slice.chunks(1 << 16)) {
         count += slice.len();
         put(&slice.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())?;
     }
@@ -190,11 +190,11 @@ impl Checkpoint {
         if !(3..=4).contains(&header.sections) || values.len() != 4 * parameters * header.sections {
             return Err(Unusable::Damaged);
         }
-        let numbers: Vec<f32> = values
-            .chunks_exact(4)
-            .map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]]))
-            .collect();
-        let sections = (0..header.sections).map(|index| numbers[index * parameters..][..parameters].to_vec());
+        let section = |index: usize| -> Vec<f32> {
+            let bytes = values[4 * parameters * index..][..4 * parameters].chunks_exact(4);
+            bytes.map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]])).collect()
+        };
+        let sections = (0..header.sections).map(section);
         Ok(Self { sections: sections.collect(), header })
     }
 }

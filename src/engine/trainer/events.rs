@@ -65,6 +65,8 @@ pub struct TrainReport {
     pub train_loss: f64,
     /// Loss on the validation rows of the adapter that is kept; none without validation rows.
     pub eval_loss: Option<f64>,
+    /// Lowest loss of all evaluations.
+    pub lowest_eval_loss: Option<f64>,
     /// The step the kept adapter is of.
     pub kept_step: usize,
     /// Every step.

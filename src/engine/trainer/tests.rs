@@ -208,6 +208,23 @@ proptest! {
 }
 
 #[test]
+fn pack_size_changes_nothing_but_rounding() {
+    let rows = rows(10, 12);
+    let run = |pack_tokens| {
+        let options = TrainOptions { pack_tokens, warmup_ratio: 0.0, ..options() };
+        train(&MODEL, &rows, &[], &options, &mut ()).unwrap().report
+    };
+    let (alone, together) = (run(20), run(200));
+    assert_eq!(alone.losses.len(), together.losses.len());
+    for (left, right) in alone.losses.iter().zip(&together.losses) {
+        let tolerance = if left.step == 1 { 1e-6 } else { 1e-4 };
+        assert!((left.loss / right.loss - 1.0).abs() < tolerance, "{left:?} {right:?}");
+        assert!((left.grad_norm / right.grad_norm - 1.0).abs() < 10.0 * tolerance, "{left:?} {right:?}");
+        assert_eq!((left.tokens, left.supervised_tokens), (right.tokens, right.supervised_tokens));
+    }
+}
+
+#[test]
 fn training_lowers_the_loss_and_reports_it() {
     let rows = rows(12, 1);
     let options = TrainOptions { epochs: 6, warmup_ratio: 0.0, ..options() };
