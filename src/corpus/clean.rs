@@ -13,6 +13,12 @@ pub(crate) mod running_heads;
 /// Below this width a block of lines is verse, an address or a list of fields, and its breaks are meant.
 const WRAP_WIDTH_MIN: usize = 40;
 
+/// A line of this length without a mark at its end goes on, whatever follows.
+const OPEN_LINE_MIN: usize = 60;
+
+/// Nobody wraps text wider than this.
+const WRAP_WIDTH_MAX: usize = 100;
+
 /// One spelling of each character: NFC, ligatures spelled out, soft hyphens joined, line ends as `\n`, odd spaces
 /// as a space, zero-width and control characters gone, symbol-font bullets as `•`. Everything else is kept: full
 /// NFKC would also flatten `½`, `²` and `™`.
@@ -35,24 +41,65 @@ pub(crate) fn characters(text: &str) -> String {
     out
 }
 
-/// Joins the wrapped lines of one paragraph. A break is a wrap if the next word would not have fitted into the
-/// widest line; every other break is meant and stays, as do breaks before list items and table rows.
+/// Joins the wrapped lines of one paragraph; breaks that are meant stay. [`wraps`] tells them apart.
 pub(crate) fn unwrap_lines(paragraph: &str) -> String {
     let lines = paragraph.lines().map(str::trim_end).collect::<Vec<_>>();
-    let width = lines.iter().map(|line| line.chars().count()).max().unwrap_or(0);
+    let lengths = lines.iter().map(|line| line.chars().count()).collect::<Vec<_>>();
+    let wraps = wraps(&lines, &lengths);
     let mut out = String::with_capacity(paragraph.len());
     for (index, line) in lines.iter().enumerate() {
-        if index > 0 {
-            out.push(if is_wrap(lines[index - 1], line, width) { ' ' } else { '\n' });
+        match index.checked_sub(1).map(|before| wraps[before]) {
+            None => out.push_str(line),
+            Some(true) => out.extend([" ", line.trim_start()]),
+            Some(false) => out.extend(["\n", line]),
         }
-        out.push_str(if index > 0 && out.ends_with(' ') { line.trim_start() } else { line });
     }
     out
 }
 
-fn is_wrap(line: &str, next: &str, width: usize) -> bool {
-    let Some(word) = next.split_whitespace().next() else { return false };
-    width >= WRAP_WIDTH_MIN && !starts_item(next) && line.chars().count() + 1 + word.chars().count() > width
+/// For each line of a paragraph, whether the break behind it is a wrap. It is one where a sentence plainly goes on
+/// (no mark at the end, and lower case after it or a long line before it), and, in a paragraph most of whose lines are full, behind every full
+/// line. A line is full if the next word would not have fitted into the widest; lines over 100 characters hold
+/// something that could not be broken, such as an address, and do not count as the widest.
+/// Never a wrap: the break before a list item, a table row, a heading, or a field or speaker (`Ann: ...`).
+///
+/// `lengths` are the widths of the lines where they were wrapped, in characters.
+pub(crate) fn wraps(lines: &[&str], lengths: &[usize]) -> Vec<bool> {
+    let width = lengths.iter().copied().filter(|length| *length <= WRAP_WIDTH_MAX).max().unwrap_or(0);
+    let is_full = |index: usize| {
+        let word = lines[index + 1].split_whitespace().next().map_or(0, |word| word.chars().count());
+        lengths[index] > WRAP_WIDTH_MAX || lengths[index] + 1 + word > width
+    };
+    let breaks = lines.len().saturating_sub(1);
+    let full = (0..breaks).filter(|index| is_full(*index)).count();
+    let proven = (0..breaks).any(|index| is_full(index) && lengths[index] <= WRAP_WIDTH_MAX);
+    let is_wrapped = width >= WRAP_WIDTH_MIN && proven && full * 2 >= breaks;
+    let is_wrap = |index: usize| {
+        let is_open = goes_on(lines[index], lines[index + 1])
+            || (lengths[index] >= OPEN_LINE_MIN && is_open(lines[index]));
+        let is_field = starts_field(lines[index + 1], lengths[index]);
+        !is_field && !starts_item(lines[index + 1]) && (is_open || (is_wrapped && is_full(index)))
+    };
+    (0..lines.len()).map(|index| index < breaks && is_wrap(index)).collect()
+}
+
+/// True if a sentence that stops at the end of `text` plainly goes on in `next`.
+pub(crate) fn goes_on(text: &str, next: &str) -> bool {
+    is_open(text) && next.trim_start().starts_with(char::is_lowercase)
+}
+
+/// True if `text` ends without a mark that ends a sentence.
+fn is_open(text: &str) -> bool {
+    let going_on = |char: char| char.is_alphanumeric() || matches!(char, ',' | '-' | '–' | '—' | '’' | '&');
+    text.trim_end().ends_with(going_on)
+}
+
+/// True for a line that begins a field or a turn (`Ann: ...`). A word in lower case with a colon does so only behind
+/// a short line; behind a long one it is a part of its sentence.
+fn starts_field(line: &str, length_before: usize) -> bool {
+    let mut words = line.split_whitespace();
+    let is_key = words.next().is_some_and(|first| first.ends_with(':')) && words.next().is_some();
+    is_key && (length_before < OPEN_LINE_MIN || line.trim_start().starts_with(char::is_uppercase))
 }
 
 /// True for a line that begins a list item, a table row, a heading or a quotation.
@@ -124,10 +171,22 @@ mod tests {
 
     #[test]
     fn meant_breaks_stay() {
-        let fields = "Date: 3 May\nPeople: Ann, Bo\nTopic: the budget";
-        assert_eq!(unwrap_lines(fields), fields);
-        let list = "- a first point that is rather long and goes on and on\n- second";
-        assert_eq!(unwrap_lines(list), list);
+        for text in [
+            "Date: 3 May\nPeople: Ann, Bo\nTopic: the budget",
+            "- a first point that is rather long and goes on and on\n- second",
+            "Ann: I think that we should wait for the numbers of May.\nBo: So do I.",
+            "The first sentence stands on a line of its own.\nSo does this one.\nAnd this.\nEven this, the last.",
+        ] {
+            assert_eq!(unwrap_lines(text), text);
+        }
+    }
+
+    #[test]
+    fn a_sentence_that_goes_on_is_joined_whatever_the_width() {
+        assert_eq!(
+            unwrap_lines("See\nthe instructions for creating\na channel."),
+            "See the instructions for creating a channel."
+        );
     }
 
     #[test]

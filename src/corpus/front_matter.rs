@@ -52,7 +52,8 @@ fn find(text: &str) -> Option<(&str, &str, bool)> {
 }
 
 fn first_line(message: &str) -> String {
-    message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("unreadable").to_owned()
+    let line = message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("unreadable");
+    line.trim_start_matches("error: ").to_owned()
 }
 
 /// The tags of the metadata, `tags: [a, b]`, `tags: a, b` or `tag: a`, without `#`.

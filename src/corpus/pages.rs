@@ -6,7 +6,7 @@ use super::clean::bullets;
 use super::clean::garble::{self, GARBLED_SCORE};
 use super::clean::hyphens::{Break, Vocabulary, dehyphenate, mend_ligatures};
 use super::clean::running_heads::RunningHeads;
-use super::clean::{characters, one_line, tidy};
+use super::clean::{characters, goes_on, one_line, tidy};
 use super::pdf::{Block, Extraction, RawPage};
 
 /// Cells longer than this are passages; a row of them is written as paragraphs.
@@ -36,11 +36,17 @@ pub(crate) fn clean(extraction: &Extraction) -> Vec<Page> {
     let heads = RunningHeads::learn(&lines);
     let mut section = None;
     let mut pages = Vec::with_capacity(extraction.pages.len());
-    for (page, lines) in extraction.pages.iter().zip(&lines) {
+    for (page_idx, (page, lines)) in extraction.pages.iter().zip(&lines).enumerate() {
         let above = section.clone();
-        let blocks =
-            page.blocks.iter().zip(heads.mark(lines)).filter(|(_, drop)| !drop).map(|(block, _)| block);
-        let blocks = blocks.flat_map(|block| clean_block(block, &heads, &vocabulary)).collect::<Vec<_>>();
+        let blocks = page
+            .blocks
+            .iter()
+            .zip(heads.mark(page_idx, lines))
+            .filter(|(_, drop)| !drop)
+            .map(|(block, _)| block);
+        let blocks = blocks
+            .flat_map(|block| clean_block(block, &|line| heads.is_head(page_idx, line), &vocabulary))
+            .collect::<Vec<_>>();
         if let Some(Piece::Heading(_, text)) =
             blocks.iter().rfind(|piece| matches!(piece, Piece::Heading(..)))
         {
@@ -72,7 +78,8 @@ enum Piece {
     Heading(u8, String),
     Item(u8, String, String),
     Text(String),
-    Code(String),
+    /// Lines to keep as they are: code, table rows.
+    Lines(String),
 }
 
 fn block_texts(block: &Block) -> Vec<&str> {
@@ -96,27 +103,22 @@ fn block_line(block: &Block) -> String {
     }
 }
 
-fn clean_block(block: &Block, heads: &RunningHeads, vocabulary: &Vocabulary) -> Vec<Piece> {
+fn clean_block(block: &Block, is_head: &dyn Fn(&str) -> bool, vocabulary: &Vocabulary) -> Vec<Piece> {
     let prose = |text: &str| {
         let text = characters(&mend_ligatures(text, vocabulary));
         one_line(&dehyphenate(&text, vocabulary, Break::Space))
     };
     match block {
         Block::Heading { level, text } => vec![Piece::Heading(*level, prose(text))],
-        Block::Code { text } => vec![Piece::Code(characters(text).trim_end().to_owned())],
+        Block::Code { text } => vec![Piece::Lines(characters(text).trim_end().to_owned())],
         Block::Text { text } => split_items(&prose(text), None),
         Block::Item { depth, marker, text } => split_items(&prose(text), Some((*depth, marker))),
         Block::Table { rows } => {
-            let rows = rows
-                .iter()
-                .map(|row| row.iter().map(|cell| one_line(&characters(cell))).collect::<Vec<_>>())
-                .map(|row| {
-                    row.into_iter()
-                        .map(|cell| if heads.is_head(&cell) { String::new() } else { cell })
-                        .collect()
-                })
-                .collect::<Vec<Vec<String>>>();
-            table_texts(&rows).into_iter().map(|text| Piece::Text(prose(&text))).collect()
+            let cell = |cell: &String| {
+                if is_head(&characters(cell)) { String::new() } else { cell.trim().to_owned() }
+            };
+            let rows = rows.iter().map(|row| row.iter().map(cell).collect()).collect::<Vec<Vec<_>>>();
+            table_pieces(&rows, &prose)
         }
     }
     .into_iter()
@@ -136,9 +138,9 @@ fn split_items(text: &str, item: Option<(u8, &String)>) -> Vec<Piece> {
     lead.into_iter().chain(items.into_iter().map(|text| Piece::Item(depth, "-".to_owned(), text))).collect()
 }
 
-/// A table as readable text: one line a row, cells parted by ` | `. A *table* whose cells go on in the next row
-/// is columns of prose that the extractor mistook, and is read column by column.
-fn table_texts(rows: &[Vec<String>]) -> Vec<String> {
+/// A table as readable text: one line a row, cells parted by ` | `, long cells as paragraphs. A *table* whose cells
+/// go on in the next row is columns of prose that the extractor mistook, and is read column by column.
+fn table_pieces(rows: &[Vec<String>], prose: &dyn Fn(&str) -> String) -> Vec<Piece> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let column = |index: usize| {
         rows.iter().filter_map(move |row| row.get(index)).filter(|cell| !cell.is_empty()).collect::<Vec<_>>()
@@ -146,18 +148,34 @@ fn table_texts(rows: &[Vec<String>]) -> Vec<String> {
     if (0..columns).any(|index| is_prose_column(&column(index))) {
         let joined =
             |index: usize| column(index).into_iter().map(String::as_str).collect::<Vec<_>>().join(" ");
-        return (0..columns).map(joined).filter(|text| !text.is_empty()).collect();
+        return (0..columns).flat_map(|index| split_items(&prose(&joined(index)), None)).collect();
     }
-    let mut texts = Vec::new();
+    let mut pieces = Vec::new();
     for row in rows {
-        let cells = row.iter().filter(|cell| !cell.is_empty()).map(String::as_str).collect::<Vec<_>>();
-        if cells.iter().any(|cell| cell.chars().count() > CELL_CHARS_MAX) {
-            texts.extend(cells.into_iter().map(str::to_owned));
-        } else if !cells.is_empty() {
-            texts.push(cells.join(" | "));
+        let cells = row
+            .iter()
+            .filter(|cell| !cell.is_empty())
+            .map(|cell| cell_text(&prose(cell)))
+            .collect::<Vec<_>>();
+        let is_long = cells.iter().any(|cell| cell.chars().count() > CELL_CHARS_MAX);
+        match pieces.last_mut() {
+            _ if cells.is_empty() => {}
+            _ if is_long => pieces.extend(cells.into_iter().map(Piece::Text)),
+            Some(Piece::Lines(lines)) => lines.extend(["\n", &cells.join(" | ")].map(str::to_owned)),
+            _ => pieces.push(Piece::Lines(cells.join(" | "))),
         }
     }
-    texts
+    pieces
+}
+
+/// The bullets inside a cell become semicolons, so that a row stays a line.
+fn cell_text(cell: &str) -> String {
+    let (lead, items) = bullets::split(cell);
+    match (lead.as_str(), items.len()) {
+        (_, 0) => lead,
+        ("", _) => items.join("; "),
+        (lead, _) => format!("{lead} {}", items.join("; ")),
+    }
 }
 
 /// Half of the cells or more go on, in lower case, where the one above stopped without an end.
@@ -165,12 +183,6 @@ fn is_prose_column(cells: &[&String]) -> bool {
     let pairs = cells.len().saturating_sub(1);
     let going_on = cells.windows(2).filter(|pair| goes_on(pair[0], pair[1])).count();
     pairs >= 2 && going_on * 2 >= pairs
-}
-
-fn goes_on(text: &str, next: &str) -> bool {
-    let open = text
-        .ends_with(|char: char| char.is_alphanumeric() || matches!(char, ',' | '-' | '–' | '—' | '’' | '&'));
-    open && next.starts_with(char::is_lowercase)
 }
 
 /// Joins a paragraph or item with the paragraph that goes on after it.
@@ -210,7 +222,7 @@ fn write(pieces: &[Piece]) -> String {
                 out.push(' ');
                 out.push_str(text);
             }
-            Piece::Text(text) | Piece::Code(text) => out.push_str(text),
+            Piece::Text(text) | Piece::Lines(text) => out.push_str(text),
         }
         before = Some(piece);
     }
@@ -271,23 +283,23 @@ mod tests {
     fn columns_of_prose_are_read_column_by_column() {
         let rows = [
             ["for in a good proposal. If you do", "Primary"],
-            ["research to find this kind of", "Vendors"],
-            ["team, then ask.", "Buyers"],
+            ["research to find this kind of", "• Vendors"],
+            ["team, then ask.", "• Buyers"],
         ];
         let rows = rows.iter().map(|row| row.iter().map(|cell| (*cell).to_owned()).collect()).collect();
         let pages = texts(vec![page(1, &[Block::Table { rows }])]);
         assert_eq!(
             pages,
             [
-                "for in a good proposal. If you do research to find this kind of team, then ask.\n\nPrimary Vendors Buyers"
+                "for in a good proposal. If you do research to find this kind of team, then ask.\n\nPrimary\n\n- Vendors\n- Buyers"
             ]
         );
     }
 
     #[test]
     fn rows_of_a_table_are_lines_with_bars() {
-        let rows = vec![vec!["Name".into(), "Role".into()], vec!["Ann".into(), "lead".into()]];
-        assert_eq!(texts(vec![page(1, &[Block::Table { rows }])]), ["Name | Role\n\nAnn | lead"]);
+        let rows = vec![vec!["Name".into(), "Role".into()], vec!["Ann".into(), "• lead • boss".into()]];
+        assert_eq!(texts(vec![page(1, &[Block::Table { rows }])]), ["Name | Role\nAnn | lead; boss"]);
     }
 
     #[test]

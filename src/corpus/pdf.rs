@@ -117,6 +117,9 @@ pub(crate) fn extract(path: &Path) -> Result<Extraction, PdfError> {
             found.failed.push((page, error.to_string()));
         }
     }
+    if page_count > PAGES_MAX {
+        found.failed.push((PAGES_MAX + 1, format!("only the first {PAGES_MAX} pages are read")));
+    }
     Ok(found)
 }
 
@@ -208,6 +211,8 @@ impl Block {
 }
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
 
     /// A PDF with one page for each list of lines, in Helvetica.
@@ -231,13 +236,15 @@ pub(crate) mod tests {
         let mut offsets = Vec::new();
         for (index, object) in objects.iter().enumerate() {
             offsets.push(pdf.len());
-            pdf += &format!("{} 0 obj\n{object}\nendobj\n", index + 1);
+            write!(pdf, "{} 0 obj\n{object}\nendobj\n", index + 1).unwrap();
         }
         let start = pdf.len();
-        pdf += &format!("xref\n0 {}\n0000000000 65535 f \n", objects.len() + 1);
-        offsets.iter().for_each(|offset| pdf += &format!("{offset:010} 00000 n \n"));
-        pdf +=
-            &format!("trailer\n<< /Size {} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n", objects.len() + 1);
+        let size = objects.len() + 1;
+        write!(pdf, "xref\n0 {size}\n0000000000 65535 f \n").unwrap();
+        for offset in offsets {
+            writeln!(pdf, "{offset:010} 00000 n ").unwrap();
+        }
+        write!(pdf, "trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n").unwrap();
         pdf.into_bytes()
     }
 
@@ -260,6 +267,16 @@ pub(crate) mod tests {
     fn garbage_is_broken_and_no_panic() {
         assert!(matches!(check(b"garbage"), Err(PdfError::Broken(_))));
         assert!(matches!(check(b"%PDF-1.7\ngarbage"), Err(PdfError::Broken(_) | PdfError::NoPages)));
+    }
+
+    #[test]
+    fn a_password_is_asked_for_by_name() {
+        let pdf = String::from_utf8(pdf_of(&[&["Secret."]])).unwrap();
+        let zeros = "0".repeat(64);
+        let lock = format!(
+            "/Root 1 0 R /ID [<00> <00>] /Encrypt << /Filter /Standard /V 1 /R 2 /O <{zeros}> /U <{zeros}> /P -4 >>"
+        );
+        assert_eq!(check(pdf.replace("/Root 1 0 R", &lock).as_bytes()), Err(PdfError::Encrypted));
     }
 
     #[test]

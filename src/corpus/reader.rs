@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::clean::{characters, one_line};
 use super::pages::{self, Page};
 use super::pdf::{Extraction, PdfError};
 use super::{Document, Source, markdown, plain};
@@ -157,7 +158,11 @@ fn read_pdf(
 ) -> Result<FileRows, Rejected> {
     let extraction = extract(file.object).map_err(|error| reject_pdf(file, &error))?;
     let mut rows = FileRows { pages: extraction.page_count, ..FileRows::default() };
-    let title = extraction.title.clone().filter(|title| is_telling_title(title));
+    let title = extraction
+        .title
+        .as_deref()
+        .map(|title| one_line(&characters(title)))
+        .filter(|title| is_telling_title(title));
     for page in pages::clean(&extraction) {
         match page {
             Page::Text { number, section, text } => {
@@ -316,7 +321,7 @@ mod tests {
             match check("a.pdf", &whole[..cut]) {
                 Ok(rows) => assert!(rows.pages > 0),
                 Err(row) => {
-                    assert!(["broken", "no_pages", "encrypted"].contains(&row.reason.as_str()), "{row:?}")
+                    assert!(["broken", "no_pages", "encrypted"].contains(&row.reason.as_str()), "{row:?}");
                 }
             }
         }

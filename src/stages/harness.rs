@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 use tunesmith_pipeline::digest::Digest;
 use tunesmith_pipeline::stage::{
-    Artifact, MessageLevel, OutputFile, RowCounts, RowOutcome, Services, SourceFile, StageContext, StageError,
-    StageKind,
+    Artifact, MessageLevel, OutputFile, RowCounts, RowOutcome, Services, SourceFile, StageContext,
+    StageError, StageKind,
 };
 
 /// Services that keep everything in memory.
@@ -75,6 +75,8 @@ pub(crate) struct Outcome {
     pub(crate) rows: RowCounts,
     /// Messages of this run.
     pub(crate) messages: Vec<String>,
+    /// Keeps the folder when the bench is gone.
+    _dir: Arc<TempDir>,
 }
 
 impl Outcome {
@@ -96,7 +98,7 @@ impl Outcome {
 
 /// One stage under test: its inputs, its sources, and a memo that outlives a run.
 pub(crate) struct Bench {
-    dir: TempDir,
+    dir: Arc<TempDir>,
     inputs: Vec<(String, Artifact)>,
     sources: Vec<(String, Vec<SourceFile>)>,
     runs: usize,
@@ -107,7 +109,7 @@ pub(crate) struct Bench {
 impl Bench {
     /// An empty bench.
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = Arc::new(tempfile::tempdir().unwrap());
         Self { dir, inputs: Vec::new(), sources: Vec::new(), runs: 0, services: FakeServices::default() }
     }
 
@@ -126,8 +128,7 @@ impl Bench {
             });
         }
         let digest = Digest::of(format!("{held:?}").as_bytes());
-        let artifact =
-            Artifact { stage: slot.to_owned(), digest, files: held, metrics: Map::new(), folder };
+        let artifact = Artifact { stage: slot.to_owned(), digest, files: held, metrics: Map::new(), folder };
         self.inputs.retain(|(name, _)| name != slot);
         self.inputs.push((slot.to_owned(), artifact));
         self
@@ -135,8 +136,7 @@ impl Bench {
 
     /// Fills the slot `slot` with an artifact of one table.
     pub(crate) fn table<T: serde::Serialize>(&mut self, slot: &str, file: &str, rows: &[T]) -> &mut Self {
-        let text: String =
-            rows.iter().map(|row| serde_json::to_string(row).unwrap() + "\n").collect();
+        let text: String = rows.iter().map(|row| serde_json::to_string(row).unwrap() + "\n").collect();
         self.input(slot, &[(file, text.as_bytes())])
     }
 
@@ -156,11 +156,15 @@ impl Bench {
         self
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "tests write `json!` at the call")]
     /// Runs the kind in a fresh output folder, as the runner would: schema first, then `check`, then `run`.
     pub(crate) fn run(&mut self, kind: &dyn StageKind, with: Value) -> Result<Outcome, StageError> {
         let schema = kind.schema().to_value();
         if let Err(error) = jsonschema::validate(&schema, &with) {
-            return Err(StageError::new("manifest::schema", format!("{error} at `{}`", error.instance_path())));
+            return Err(StageError::new(
+                "manifest::schema",
+                format!("{error} at `{}`", error.instance_path()),
+            ));
         }
         if let Some(problem) = kind.check(&with).into_iter().next() {
             return Err(StageError::new("manifest::check", format!("{}: {}", problem.path, problem.message)));
@@ -191,7 +195,7 @@ impl Bench {
         let rows = *self.services.rows.lock().unwrap();
         let metrics = self.services.metrics.lock().unwrap().clone();
         let messages = self.services.messages.lock().unwrap().clone();
-        Ok(Outcome { out, metrics, rows, messages })
+        Ok(Outcome { out, metrics, rows, messages, _dir: self.dir.clone() })
     }
 
     /// Rows counted so far in the last run, also when it failed.

@@ -22,12 +22,17 @@ pub(crate) enum Break {
 }
 
 static BROKEN_AT_LINE: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"([\p{L}\p{N}'’-]*\p{L})-[ \t]*\n[ \t]*(\p{Ll}[\p{L}'’]*)").expect("a valid pattern")
+    Regex::new(r"([\p{L}\p{N}'’-]*\p{L})-[ \t]*\n[ \t]*(\p{Ll}[\p{L}'’]*(?:-\p{L}+)*)")
+        .expect("a valid pattern")
 });
-static BROKEN_AT_SPACE: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"([\p{L}\p{N}'’-]*\p{L})-\s+(\p{Ll}[\p{L}'’]*)").expect("a valid pattern"));
+static BROKEN_AT_SPACE: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"([\p{L}\p{N}'’-]*\p{L})-\s+(\p{Ll}[\p{L}'’]*(?:-\p{L}+)*)").expect("a valid pattern")
+});
 static TORN_LIGATURE: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"([\p{L}]*[\u{FB00}-\u{FB04}]) (\p{Ll}[\p{L}\u{FB00}-\u{FB04}]*)").expect("a valid pattern")
+    Regex::new(
+        r"([\p{L}-]*(?:\u{FB00}[il]?|[\u{FB01}-\u{FB04}]|f[fil])) {1,2}(\p{Ll}[\p{L}\u{FB00}-\u{FB04}]*)",
+    )
+    .expect("a valid pattern")
 });
 static WORD: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"\p{L}[\p{L}'’]*(?:-\p{L}[\p{L}'’]*)*-?").expect("a valid pattern"));
@@ -36,9 +41,9 @@ static WORD: LazyLock<Regex> =
 const HANGING: [&str; 6] = ["and", "or", "to", "und", "oder", "et"];
 
 impl Vocabulary {
-    /// Adds the words of `text`, but for those at a break.
+    /// Adds the words of `text`, but for those at a break or torn behind a ligature.
     pub(crate) fn add(&mut self, text: &str) {
-        let text = text.nfkc().collect::<String>();
+        let text = TORN_LIGATURE.replace_all(text, " ").nfkc().collect::<String>();
         let mut after_break = false;
         for word in WORD.find_iter(&text) {
             let word = word.as_str();
@@ -56,43 +61,57 @@ impl Vocabulary {
     }
 }
 
-/// Mends hyphens at breaks. In this order: `left-right` seen elsewhere and `leftright` not: keep the hyphen;
-/// `leftright` seen: join; `left` already hyphenated, or both halves words of the document: keep the hyphen;
-/// else join.
+/// Halves at least this long look like words of a compound, not like the first syllables of one word.
+const COMPOUND_CHARS_MIN: usize = 6;
+
+/// Mends hyphens at breaks. `leftright` is a word of the document: join. Otherwise the hyphen stays if `left-right`
+/// is a word of the document, if one of the halves has a hyphen already (`off-the-` + `shelf`), or if `right` is a
+/// word and `left` is one or is long (`highest-` + `priority`). Else join.
 pub(crate) fn dehyphenate(text: &str, vocabulary: &Vocabulary, breaks: Break) -> String {
     let pattern = if breaks == Break::Line { &BROKEN_AT_LINE } else { &BROKEN_AT_SPACE };
-    pattern
-        .replace_all(text, |found: &Captures<'_>| {
-            let (left, right) = (&found[1], &found[2]);
-            if HANGING.contains(&right) {
-                return if breaks == Break::Line { format!("{left}- {right}") } else { found[0].to_owned() };
-            }
-            let joined = format!("{left}{right}");
-            let hyphenated = format!("{left}-{right}");
-            let keeps = if vocabulary.has(&joined) {
-                false
-            } else {
-                vocabulary.has(&hyphenated)
-                    || left.contains('-')
-                    || (vocabulary.has(left) && vocabulary.has(right))
-            };
-            if keeps { hyphenated } else { joined }
-        })
-        .into_owned()
+    let mend = |found: &Captures<'_>| {
+        let (left, right) = (&found[1], &found[2]);
+        if HANGING.contains(&right) {
+            return format!("{left}- {right}");
+        }
+        let joined = format!("{left}{right}");
+        let hyphenated = format!("{left}-{right}");
+        let is_compound = || {
+            let left_is_word = vocabulary.has(left) || left.chars().count() >= COMPOUND_CHARS_MIN;
+            hyphenated.matches('-').count() > 1
+                || vocabulary.has(&hyphenated)
+                || (left_is_word && vocabulary.has(right))
+        };
+        if !vocabulary.has(&joined) && is_compound() { hyphenated } else { joined }
+    };
+    pattern.replace_all(text, mend).into_owned()
 }
 
-/// Joins a word torn by a space behind its ligature, where the whole is a word of the document or the rest is not.
-/// `ﬀ` ends honest words (`staﬀ meeting`), so there only the first reason counts.
+/// Words that do end in `ﬁ`.
+const WHOLE: [&str; 4] = ["wifi", "hifi", "sci-fi", "hi-fi"];
+
+/// Beginnings in `ﬀ` that are no words, unlike `staff` and `off`.
+const BEGINNINGS: [&str; 8] = ["aff", "buff", "coff", "diff", "eff", "ineff", "suff", "traff"];
+
+/// Joins a word torn by a space behind its ligature. `ﬁ`, `ﬂ`, `ﬃ` and `ﬄ` end hardly any word, so there it was
+/// torn; behind `ﬀ`, or behind the mere letters, the whole must be a word of the document, or the beginning none.
 pub(crate) fn mend_ligatures(text: &str, vocabulary: &Vocabulary) -> String {
-    TORN_LIGATURE
-        .replace_all(text, |found: &Captures<'_>| {
-            let joined = format!("{}{}", &found[1], &found[2]);
-            let plain = joined.nfkc().collect::<String>();
-            let whole_is_known = vocabulary.has(&plain);
-            let rest_is_unknown = !vocabulary.has(&found[2]) && !found[1].ends_with('\u{FB00}');
-            if whole_is_known || rest_is_unknown { joined } else { found[0].to_owned() }
-        })
-        .into_owned()
+    let mend = |found: &Captures<'_>| {
+        let joined = format!("{}{}", &found[1], &found[2]);
+        let start = found[1].nfkc().collect::<String>().to_lowercase();
+        let never_ends = ["\u{FB01}", "\u{FB02}", "\u{FB03}", "\u{FB04}", "\u{FB00}i", "\u{FB00}l"]
+            .iter()
+            .any(|ligature| found[1].ends_with(ligature));
+        let is_torn = if never_ends {
+            !WHOLE.contains(&start.as_str())
+        } else {
+            BEGINNINGS.contains(&start.as_str())
+                || (start == "off" && found[2].starts_with("er"))
+                || vocabulary.has(&joined.nfkc().collect::<String>())
+        };
+        if is_torn { joined } else { found[0].to_owned() }
+    };
+    TORN_LIGATURE.replace_all(text, mend).into_owned()
 }
 
 #[cfg(test)]
@@ -116,6 +135,7 @@ mod tests {
     fn a_compound_seen_elsewhere_keeps_its_hyphen() {
         check("a long-term plan", "our long-\nterm goals", "our long-term goals");
         check("off-the-shelf", "off-the- shelf goods", "off-the-shelf goods");
+        check("", "the day- to-day work", "the day-to-day work");
     }
 
     #[test]
@@ -125,7 +145,8 @@ mod tests {
 
     #[test]
     fn two_words_of_the_document_keep_their_hyphen() {
-        check("the highest of all, a priority", "the highest- priority needs", "the highest-priority needs");
+        check("the best of all, a case", "the best- case plan", "the best-case plan");
+        check("a priority", "the highest- priority needs", "the highest-priority needs");
     }
 
     #[test]
@@ -150,11 +171,14 @@ mod tests {
     #[test]
     fn words_torn_behind_a_ligature_are_mended() {
         let mut vocabulary = Vocabulary::default();
-        vocabulary.add("the staff meeting and the effort is done");
+        vocabulary.add("the staff meeting and the effort is done within five days, de\u{FB01} nition");
         let mended = mend_ligatures(
-            "the de\u{FB01} nition, e\u{FB00} ort of sta\u{FB00} meeting, wi\u{FB01} is",
+            "the de\u{FB01} nition, e\u{FB00} ort of sta\u{FB00} meeting, wi\u{FB01} is, fi ve, O\u{FB03}  ce, o\u{FB00} er",
             &vocabulary,
         );
-        assert_eq!(mended, "the de\u{FB01}nition, e\u{FB00}ort of sta\u{FB00} meeting, wi\u{FB01} is");
+        assert_eq!(
+            mended,
+            "the de\u{FB01}nition, e\u{FB00}ort of sta\u{FB00} meeting, wi\u{FB01} is, five, O\u{FB03}ce, o\u{FB00}er"
+        );
     }
 }

@@ -37,6 +37,16 @@ static TRAILING: LazyLock<Regex> =
 pub(crate) struct RunningHeads {
     margins: BTreeSet<String>,
     numbered: BTreeSet<(Side, String)>,
+    /// How the printed numbers follow from the pages, told by the head seen most often.
+    numbering: Option<Numbering>,
+}
+
+/// Printed number = `per_page` * (page index - `page_idx`) + `number`.
+#[derive(Debug, Clone, Copy)]
+struct Numbering {
+    page_idx: i64,
+    number: i64,
+    per_page: i64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,17 +79,21 @@ impl RunningHeads {
             if pages.len() == 2 { 2 } else { (pages.len() * MARGIN_SHARE_PERCENT).div_ceil(100).max(2) };
         let margins =
             margins.into_iter().filter(|(_, on)| on.len() >= pages_min).map(|(line, _)| line).collect();
-        let numbered = numbered.into_iter().filter(|(_, seen)| counts_up(seen)).map(|(key, _)| key).collect();
-        if pages.len() < 2 { Self::default() } else { Self { margins, numbered } }
+        let numbered = numbered.into_iter().filter(|(_, seen)| counts_up(seen)).collect::<BTreeMap<_, _>>();
+        let numbering = numbered.values().max_by_key(|seen| seen.len()).and_then(|seen| Numbering::of(seen));
+        if pages.len() < 2 {
+            return Self::default();
+        }
+        Self { margins, numbered: numbered.into_keys().collect(), numbering }
     }
 
-    /// Which of a page's lines to drop: one flag a line.
-    pub(crate) fn mark(&self, lines: &[String]) -> Vec<bool> {
+    /// Which lines of the page with this index to drop: one flag a line.
+    pub(crate) fn mark(&self, page_idx: usize, lines: &[String]) -> Vec<bool> {
         let mut drop = lines
             .iter()
             .enumerate()
             .map(|(index, line)| {
-                self.is_head(line) || (in_margin(index, lines.len()) && self.is_margin(line))
+                self.is_head(page_idx, line) || (in_margin(index, lines.len()) && self.is_margin(line))
             })
             .collect::<Vec<_>>();
         for index in 0..lines.len() {
@@ -88,15 +102,26 @@ impl RunningHeads {
                 .flatten()
                 .any(|beside| lines.get(beside).is_some_and(|line| is_page_number(line)));
             drop[index] |= beside_number && self.is_bare_head(&lines[index]);
-            drop[index] |= is_page_number(&lines[index])
-                && (in_margin(index, lines.len()) || index.checked_sub(1).is_some_and(|before| drop[before]));
+            let is_placed =
+                in_margin(index, lines.len()) || index.checked_sub(1).is_some_and(|before| drop[before]);
+            drop[index] |= is_page_number(&lines[index]) && (is_placed || self.fits(page_idx, &lines[index]));
         }
         drop
     }
 
-    /// True for a numbered head of this document (`INTRODUCTION 11`), wherever it stands.
-    pub(crate) fn is_head(&self, line: &str) -> bool {
-        numbered_head(line).is_some_and(|(key, _)| self.numbered.contains(&key))
+    /// True for a numbered head of this document (`INTRODUCTION 11`), wherever it stands. One that is seen too seldom
+    /// is told by its capitals and by a number that fits the page.
+    pub(crate) fn is_head(&self, page_idx: usize, line: &str) -> bool {
+        numbered_head(line).is_some_and(|(key, number)| {
+            let fits = || self.numbering.is_some_and(|numbering| numbering.fits(page_idx, number));
+            self.numbered.contains(&key) || (is_capitals(&key.1, line) && fits())
+        })
+    }
+
+    /// True for a number that is the one this page should have.
+    fn fits(&self, page_idx: usize, line: &str) -> bool {
+        let number = line.trim().parse::<u32>();
+        number.is_ok_and(|number| self.numbering.is_some_and(|numbering| numbering.fits(page_idx, number)))
     }
 
     fn is_margin(&self, line: &str) -> bool {
@@ -108,6 +133,28 @@ impl RunningHeads {
         let line = line.trim().to_lowercase();
         [Side::Leading, Side::Trailing].iter().any(|side| self.numbered.contains(&(*side, line.clone())))
     }
+}
+
+impl Numbering {
+    fn of(seen: &[(usize, u32)]) -> Option<Self> {
+        let (first, last) = (seen.first()?, seen.last()?);
+        let pages = i64::try_from(last.0 - first.0).ok().filter(|pages| *pages > 0)?;
+        let per_page = (i64::from(last.1) - i64::from(first.1) + pages / 2) / pages;
+        Some(Self { page_idx: i64::try_from(first.0).ok()?, number: i64::from(first.1), per_page })
+    }
+
+    fn fits(self, page_idx: usize, number: u32) -> bool {
+        let Ok(page_idx) = i64::try_from(page_idx) else { return false };
+        let expected = self.per_page * (page_idx - self.page_idx) + self.number;
+        (i64::from(number) - expected).abs() <= 1
+    }
+}
+
+/// True if most letters of `line` are capitals; `text` is its lower-case text, which must have letters.
+fn is_capitals(text: &str, line: &str) -> bool {
+    let letters = line.chars().filter(|char| char.is_alphabetic()).count();
+    let capitals = line.chars().filter(|char| char.is_uppercase()).count();
+    !text.is_empty() && letters >= 4 && capitals * 10 >= letters * 7
 }
 
 fn margin_lines(lines: &[String]) -> impl Iterator<Item = &String> {
@@ -171,8 +218,9 @@ mod tests {
         let heads = RunningHeads::learn(&pages);
         pages
             .iter()
-            .map(|lines| {
-                let drop = heads.mark(lines);
+            .enumerate()
+            .map(|(page_idx, lines)| {
+                let drop = heads.mark(page_idx, lines);
                 lines.iter().zip(drop).filter(|(_, drop)| !drop).map(|(line, _)| line.clone()).collect()
             })
             .collect()
@@ -220,10 +268,11 @@ mod tests {
         };
         let pages = (0..4).map(sheet).collect::<Vec<_>>();
         let heads = RunningHeads::learn(&pages);
-        let drop = heads.mark(&pages[1]);
+        let drop = heads.mark(1, &pages[1]);
         assert_eq!(drop.iter().filter(|drop| **drop).count(), 1);
         assert!(drop[4]);
-        assert!(!heads.is_head("01 Introduction"));
+        assert!(!heads.is_head(1, "01 Introduction"));
+        assert!(heads.is_head(2, "PLANNING 7") && !heads.is_head(2, "PLANNING 20"));
     }
 
     #[test]

@@ -16,16 +16,26 @@ static BREAK: LazyLock<Regex> = LazyLock::new(|| {
         .expect("a valid pattern")
 });
 static CELL: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"(?i)</t[dh]\s*>\s*<t[dh]\b[^>]*>").expect("a valid pattern"));
+    LazyLock::new(|| Regex::new(r"(?i)\s*</t[dh]\s*>\s*<t[dh]\b[^>]*>\s*").expect("a valid pattern"));
 static TAG: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"(?s)</?[A-Za-z][^>]*>").expect("a valid pattern"));
+/// Markdown links inside HTML blocks, which Markdown leaves alone.
+static LINK: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"\[([^\[\]]+)\]\([^()\s]*\)").expect("a valid pattern"));
 
-const ENTITIES: [(&str, &str); 8] = [
+const ENTITIES: [(&str, &str); 15] = [
     ("&nbsp;", " "),
     ("&lt;", "<"),
     ("&gt;", ">"),
     ("&quot;", "\""),
     ("&#39;", "'"),
+    ("&bull;", "•"),
+    ("&copy;", "©"),
+    ("&hellip;", "…"),
+    ("&ldquo;", "“"),
+    ("&rdquo;", "”"),
+    ("&lsquo;", "‘"),
+    ("&rsquo;", "’"),
     ("&mdash;", "—"),
     ("&ndash;", "–"),
     // Last, so that `&amp;lt;` is decoded once.
@@ -38,7 +48,8 @@ pub(super) fn text(html: &str) -> String {
     let html = ITEM.replace_all(&html, "\n- ");
     let html = CELL.replace_all(&html, " | ");
     let html = BREAK.replace_all(&html, "\n");
-    let mut text = TAG.replace_all(&html, "").into_owned();
+    let html = TAG.replace_all(&html, "");
+    let mut text = LINK.replace_all(&html, "$1").into_owned();
     for (entity, char) in ENTITIES {
         text = text.replace(entity, char);
     }

@@ -1,12 +1,14 @@
 //! Writes the events of the Markdown parser as clean text. Each leaf block (paragraph, heading, code, table) is
 //! collected and then written with the marks of the lists and quotes it stands in.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use pulldown_cmark::{CodeBlockKind, Event, LinkType, Tag, TagEnd};
 use regex::Regex;
 
-use super::super::clean::unwrap_lines;
+use super::super::clean::{starts_item, wraps};
 use super::html;
 
 /// What came of a note's body.
@@ -20,18 +22,25 @@ pub(super) struct Written {
 /// A break that is meant, while a paragraph is collected; control characters were removed from the source.
 const HARD_BREAK: char = '\u{1}';
 
+/// Spaces, and the line end, that a break in the source may have.
+const BREAK_BYTES_MAX: usize = 4;
+
 /// Fenced blocks that draw something in Obsidian and hold no text.
 const WIDGETS: [&str; 6] = ["dataview", "dataviewjs", "query", "base", "tasks", "button"];
 
-const MEDIA: [&str; 17] = [
+const MEDIA: [&str; 18] = [
     "png", "jpg", "jpeg", "gif", "svg", "webp", "bmp", "avif", "pdf", "mp3", "wav", "m4a", "ogg", "mp4",
-    "mov", "webm", "canvas",
+    "mov", "webm", "canvas", "base",
 ];
 
 static CALLOUT: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"^\[![\w-]+\][+-]?\s*").expect("a valid pattern"));
 static BLOCK_ID: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"(?:^|\s+)\^[A-Za-z0-9-]+$").expect("a valid pattern"));
+/// A link, or the part of it in one line, or a mark of emphasis or code.
+static MARKUP: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"\[([^\[\]]*)\]\([^()]*\)?|\]\([^()]*\)?|[\[\]*_`]").expect("a valid pattern")
+});
 static HIGHLIGHT: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"==([^=\n]+)==").expect("a valid pattern"));
 static SPACES: LazyLock<Regex> = LazyLock::new(|| Regex::new(" {2,}").expect("a valid pattern"));
 static CODE_SPAN: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"`[^`]*`").expect("a valid pattern"));
@@ -39,9 +48,17 @@ static TAG: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"(?:^|\s)#([\p{L}\p{N}_][\p{L}\p{N}\p{So}_/-]*)").expect("a valid pattern"));
 
 /// Writes a whole note.
-pub(super) fn write<'a>(events: impl Iterator<Item = Event<'a>>) -> Written {
+pub(super) fn write<'a>(source: &str, events: impl Iterator<Item = (Event<'a>, Range<usize>)>) -> Written {
     let mut writer = Writer::default();
-    for event in events {
+    for (event, range) in events {
+        match event {
+            Event::Start(Tag::Paragraph | Tag::Item) => writer.wraps = Wraps::of(source, range.clone()),
+            Event::SoftBreak => {
+                writer.leaf.push(if writer.wraps.is_wrap(range.start) { ' ' } else { HARD_BREAK });
+                continue;
+            }
+            _ => {}
+        }
         writer.take(event);
     }
     writer.flush("");
@@ -65,6 +82,45 @@ struct Writer {
     code: Option<String>,
     /// The last block written stood in a list.
     after_item: bool,
+    /// Which line breaks of the paragraph being collected are wraps.
+    wraps: Wraps,
+}
+
+/// The line breaks of one paragraph of the source that are wraps, by their place. Told from the source, because
+/// there the lines have the width at which they were wrapped.
+#[derive(Default)]
+struct Wraps(BTreeSet<usize>);
+
+impl Wraps {
+    fn of(source: &str, paragraph: Range<usize>) -> Self {
+        let mut ends = Vec::new();
+        let mut lines = Vec::new();
+        let mut at = paragraph.start;
+        for line in source[paragraph].split_inclusive('\n') {
+            at += line.len();
+            let line = line.trim_start_matches([' ', '\t', '>']).trim_end();
+            if line.is_empty() || (!lines.is_empty() && starts_item(line)) {
+                break;
+            }
+            ends.push(at);
+            lines.push(line);
+        }
+        let lengths = lines.iter().map(|line| line.chars().count()).collect::<Vec<_>>();
+        // Whether a sentence goes on is told by its words, not by the marks around them.
+        let words = lines.iter().map(|line| MARKUP.replace_all(line, "$1")).collect::<Vec<_>>();
+        let words = words.iter().map(|line| line.trim()).collect::<Vec<_>>();
+        let mut wraps = wraps(&words, &lengths);
+        // The title of a callout is a line of its own.
+        if lines.first().is_some_and(|line| CALLOUT.is_match(line)) {
+            wraps[0] = false;
+        }
+        Self(ends.into_iter().zip(wraps).filter(|(_, is_wrap)| *is_wrap).map(|(end, _)| end).collect())
+    }
+
+    /// True if the break that begins at `start` is a wrap; its line ends a little further on, at its `\n`.
+    fn is_wrap(&self, start: usize) -> bool {
+        self.0.range(start..).next().is_some_and(|end| *end <= start + BREAK_BYTES_MAX)
+    }
 }
 
 enum Around {
@@ -95,8 +151,7 @@ impl Writer {
             Event::InlineHtml(tag) if html::is_break(&tag) => self.leaf.push(HARD_BREAK),
             Event::InlineHtml(_) => {}
             Event::FootnoteReference(label) => self.leaf.extend(["[^", &label, "]"]),
-            Event::SoftBreak => self.leaf.push('\n'),
-            Event::HardBreak => self.leaf.push(HARD_BREAK),
+            Event::SoftBreak | Event::HardBreak => self.leaf.push(HARD_BREAK),
             Event::Rule => self.flush(""),
             Event::TaskListMarker(done) => self.leaf.push_str(if done { "[x] " } else { "[ ] " }),
         }
@@ -142,7 +197,7 @@ impl Writer {
         match tag {
             TagEnd::Link | TagEnd::Image => self.close_span(tag == TagEnd::Image),
             TagEnd::Heading(level) => {
-                if self.written.title.is_none() && (self.written.text.is_empty() || level as u8 == 1) {
+                if self.written.title.is_none() && level as u8 == 1 {
                     self.written.title = Some(self.leaf.trim().to_owned()).filter(|title| !title.is_empty());
                 }
                 self.flush(&format!("{} ", "#".repeat(level as usize)));
@@ -177,9 +232,9 @@ impl Writer {
         let Some(span) = self.spans.pop() else { return };
         let LinkType::WikiLink { has_pothole } = span.link else { return };
         let text = self.leaf.split_off(span.start.min(self.leaf.len()));
-        let is_media = MEDIA.iter().any(|kind| {
-            span.target.rsplit_once('.').is_some_and(|(_, extension)| extension.eq_ignore_ascii_case(kind))
-        });
+        let path = span.target.split('#').next().unwrap_or("").trim_end();
+        let extension = path.rsplit_once('.').map_or("", |(_, extension)| extension);
+        let is_media = MEDIA.iter().any(|kind| extension.eq_ignore_ascii_case(kind));
         let is_size = text.chars().all(|char| char.is_ascii_digit() || char == 'x');
         if has_pothole && !(is_image && is_size) {
             self.leaf.push_str(text.trim());
@@ -205,8 +260,7 @@ impl Writer {
             return;
         }
         self.collect_tags(&leaf);
-        let text =
-            leaf.split(HARD_BREAK).map(|part| unwrap_lines(part.trim())).collect::<Vec<_>>().join("\n");
+        let text = leaf.split(HARD_BREAK).map(str::trim).collect::<Vec<_>>().join("\n");
         // A comment cut from a sentence leaves two spaces.
         let text = SPACES.replace_all(&text, " ");
         let text = BLOCK_ID.replace(text.trim(), "");

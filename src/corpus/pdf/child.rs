@@ -216,6 +216,7 @@ mod tests {
         assert!(matches!(check("while :; do :; done", limits), Err(PdfError::Crashed { .. })));
     }
 
+    #[cfg(target_os = "linux")]
     #[test]
     fn memory_is_limited() {
         // The shell says in KiB what it may address.
