@@ -87,6 +87,10 @@ pub(crate) trait Generator: Sync {
     fn key(&self, request: &Request<'_>) -> String;
     /// Whether asking again may give another answer.
     fn is_live(&self) -> bool;
+    /// What it could answer and none of these passages asks for, in words; a model has no such list.
+    fn unused(&self, _passages: &[Passage<'_>]) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Who answers.

@@ -247,9 +247,13 @@ fn dumped_json(example: &Example, answer: &str) -> Option<Flaw> {
             Some(Flaw::new(Defect::EmptySummary, why, answer))
         }
         (None, None) => Some(Flaw::new(Defect::EmptySummary, "the answer is JSON without content", answer)),
-        (Some(_), _) if asks_for_json(example) => None,
+        (Some(_), _) if is_plain_list(&value) || asks_for_json(example) => None,
         (Some(_), _) => Some(Flaw::new(Defect::Gibberish, "the answer is raw JSON, not a sentence", answer)),
     }
+}
+
+fn is_plain_list(value: &Value) -> bool {
+    value.as_array().is_some_and(|items| items.iter().all(|item| !item.is_object() && !item.is_array()))
 }
 
 fn asks_for_json(example: &Example) -> bool {
@@ -288,17 +292,21 @@ fn file_name_answer(question: &str, answer: &str) -> Option<Flaw> {
 /// An answer that starts with a connector, or stops where no sentence can stop.
 fn fragment(answer: &str) -> Option<Flaw> {
     const CONNECTORS: [&str; 9] = ["and", "but", "or", "nor", "which", "whose", "whereas", "than", "of"];
-    const DANGLING: [&str; 20] = [
+    const DANGLING: [&str; 22] = [
         "the", "a", "an", "and", "or", "but", "of", "with", "for", "from", "by", "as", "than", "because",
-        "if", "that", "which", "to", "their", "our",
+        "if", "that", "which", "to", "their", "our", "unless", "until",
     ];
     let trimmed = answer.trim();
     let first = trimmed.split_whitespace().next()?;
     let last = trimmed.split_whitespace().next_back()?;
     let several = trimmed.split_whitespace().count() > 1;
-    let why = if several && CONNECTORS.contains(&first.trim_end_matches(',')) {
+    let why = if several
+        && (CONNECTORS.contains(&first.trim_end_matches(',')) || first.starts_with([';', ',', ')']))
+    {
         format!("the answer starts with `{first}`, in the middle of a sentence")
-    } else if several && (DANGLING.contains(&last) || trimmed.ends_with(['-', '–', ',', ';', '(', '&', '/']))
+    } else if several
+        && (DANGLING.contains(&last)
+            || !last.contains("://") && trimmed.ends_with(['-', '–', ',', ';', '(', '&', '/']))
     {
         format!("the answer stops after `{last}`, in the middle of a sentence")
     } else {

@@ -47,14 +47,16 @@ pub(crate) fn stem(word: &str) -> &str {
             break;
         }
     }
+    // `stopp` is `stop`, `agre` is `agr`: what is left must be the same for every form of a word.
     let mut back = stem.chars().rev();
     if let (Some(last), Some(before)) = (back.next(), back.next())
         && stem.len() > 3
-        && (last == before || matches!(last, 'e' | 'y'))
+        && last == before
     {
         stem = &stem[..stem.len() - last.len_utf8()];
     }
-    stem
+    let short = stem.trim_end_matches(['e', 'y']);
+    if short.len() >= 3 { short } else { stem }
 }
 
 /// True for words too common to say what a text is about.
@@ -278,6 +280,7 @@ mod tests {
         assert_eq!(stem("parties"), stem("party"));
         assert_eq!(stem("process"), stem("processes"));
         assert_eq!(stem("calls"), stem("call"));
+        assert_eq!(stem("agreed"), stem("agree"));
         assert_eq!(stem("café"), "café");
     }
 

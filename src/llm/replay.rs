@@ -17,6 +17,8 @@ pub(crate) struct Replay {
 }
 
 struct Row {
+    /// The recording and the line.
+    place: String,
     /// Path of the note as the recording names it, and as seen from the manifest.
     source: [String; 2],
     /// With single spaces.
@@ -53,6 +55,7 @@ impl Replay {
                 let from_manifest =
                     if folder.is_empty() { source.clone() } else { format!("{folder}/{source}") };
                 rows.push(Row {
+                    place: format!("`{}` line {}", file.path, index + 1),
                     source: [source, from_manifest],
                     quote: row.quote.map(|quote| single_spaced(&quote)).filter(|quote| !quote.is_empty()),
                     response: row.response.as_str().map_or_else(|| row.response.to_string(), str::to_owned),
@@ -66,15 +69,19 @@ impl Replay {
     fn matching(&self, passage: Option<Passage<'_>>) -> Vec<&Row> {
         let Some(passage) = passage else { return Vec::new() };
         let text = single_spaced(passage.text);
+        self.rows.iter().filter(|row| row.answers(passage, &text)).collect()
+    }
+}
+
+impl Row {
+    /// Whether the row belongs to the passage; `text` is its text with single spaces.
+    fn answers(&self, passage: Passage<'_>, text: &str) -> bool {
         let is_its_note = |source: &String| {
             passage.path == source
                 || passage.path.strip_suffix(source.as_str()).is_some_and(|head| head.ends_with('/'))
         };
-        self.rows
-            .iter()
-            .filter(|row| row.source.iter().any(is_its_note))
-            .filter(|row| row.quote.as_ref().map_or(passage.is_first, |quote| text.contains(quote)))
-            .collect()
+        self.source.iter().any(is_its_note)
+            && self.quote.as_ref().map_or(passage.is_first, |quote| text.contains(quote))
     }
 }
 
@@ -102,6 +109,13 @@ impl Generator for Replay {
 
     fn is_live(&self) -> bool {
         false
+    }
+
+    fn unused(&self, passages: &[Passage<'_>]) -> Vec<String> {
+        let texts: Vec<String> = passages.iter().map(|passage| single_spaced(passage.text)).collect();
+        let is_used =
+            |row: &Row| passages.iter().zip(&texts).any(|(passage, text)| row.answers(*passage, text));
+        self.rows.iter().filter(|row| !is_used(row)).map(|row| row.place.clone()).collect()
     }
 }
 
@@ -145,6 +159,9 @@ mod tests {
     fn several_rows_answer_one_passage() {
         let rows = "{\"source\":\"a.md\",\"quote\":\"x\",\"response\":\"one\"}\n\n{\"source\":\"a.md\",\"quote\":\"y\",\"response\":\"two\"}\n";
         check(rows, "exec/a.md", "x and y", false, 2);
+        let replay = recording("r.jsonl", rows).unwrap();
+        let passage = Passage { path: "a.md", text: "x", is_first: true };
+        assert_eq!(replay.unused(&[passage]), ["`r.jsonl` line 3"]);
     }
 
     #[test]

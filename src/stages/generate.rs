@@ -5,6 +5,8 @@
 //! never paid for twice, not even when the stage fails or is killed half-way. Knows no HTTP: that is `llm`.
 //! Bump `VERSION` when the prompt's frame, the answer's schema or the form of an example changes.
 
+mod prompt;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -17,6 +19,7 @@ use tunesmith_pipeline::stage::{
     Arity, InputSlot, ParamProblem, SourceSpec, StageContext, StageError, StageKind,
 };
 
+use self::prompt::{FactField, answer_schema, render};
 use crate::corpus::words::excerpt;
 use crate::corpus::{Chunk, Example, Message, Provenance, read_table, write_table};
 use crate::llm::{Answer, Generator, Passage, Provider, RECORDING, Request, Usage};
@@ -25,23 +28,6 @@ const VERSION: u32 = 1;
 
 /// After this many chunks in a row that failed, the provider is taken to be down.
 const FAILURES_IN_A_ROW_MAX: usize = 3;
-
-const DEFAULT_PROMPT: &str = "\
-You prepare training data for an assistant that answers questions about its owner's notes.
-
-The passage below is from the note \"{title}\"{headings}.
----
-{chunk}
----
-Choose up to {n} facts, decisions or insights that stand in this passage and are worth remembering. For each, \
-write two or three differently worded questions that a colleague might naturally ask months later, without the \
-passage at hand: name people, projects and dates, never \"the passage\" or \"the text\". Answer each in one to three \
-sentences with what the passage says: concise, concrete, with its names and numbers, nothing added. Give all \
-questions on one fact the same short `fact` identifier of lower-case words joined by hyphens. If the passage holds \
-nothing worth asking, return an empty list.";
-
-const FORM: &str = "\n\nReply with one JSON object and nothing else: \
-{\"examples\": [{\"question\": \"...\", \"answer\": \"...\", \"fact\": \"...\"}]}";
 
 /// The kind `generate`.
 pub(crate) struct Generate;
@@ -187,12 +173,11 @@ fn requests<'a>(chunks: &'a [Chunk], params: &Params) -> Vec<Request<'a>> {
         let earliest = first.entry(&chunk.source.path).or_insert_with(|| place(chunk));
         *earliest = (*earliest).min(place(chunk));
     }
-    let template = params.prompt.as_deref().unwrap_or(DEFAULT_PROMPT);
     chunks
         .iter()
         .map(|chunk| Request {
             system: None,
-            user: render(template, chunk, params.questions_per_chunk) + FORM,
+            user: render(params.prompt.as_deref(), chunk, params.questions_per_chunk),
             schema: Some(answer_schema(FactField::Required)),
             temperature: params.temperature,
             max_tokens: params.max_tokens,
@@ -203,78 +188,6 @@ fn requests<'a>(chunks: &'a [Chunk], params: &Params) -> Vec<Request<'a>> {
             }),
         })
         .collect()
-}
-
-/// Fills the places of the template in one pass, so that braces in a note are never taken for a place.
-fn render(template: &str, chunk: &Chunk, questions: usize) -> String {
-    let headings = if chunk.headings.is_empty() {
-        String::new()
-    } else {
-        format!(", under \"{}\"", chunk.headings.join(" > "))
-    };
-    let mut out = String::with_capacity(template.len() + chunk.text.len());
-    let mut rest = template;
-    while let Some(at) = rest.find('{') {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let places = [
-            ("{chunk}", chunk.text.clone()),
-            ("{title}", title(chunk).to_owned()),
-            ("{headings}", headings.clone()),
-            ("{n}", questions.to_string()),
-        ];
-        match places.into_iter().find(|(place, _)| rest.starts_with(place)) {
-            Some((place, value)) => {
-                out.push_str(&value);
-                rest = &rest[place.len()..];
-            }
-            None => {
-                out.push('{');
-                rest = &rest[1..];
-            }
-        }
-    }
-    out + rest
-}
-
-/// The outermost heading, else the file's stem.
-fn title(chunk: &Chunk) -> &str {
-    chunk.headings.first().map_or_else(
-        || {
-            let name = chunk.source.path.rsplit('/').next().unwrap_or(&chunk.source.path);
-            name.rsplit_once('.').map_or(name, |(stem, _)| stem)
-        },
-        String::as_str,
-    )
-}
-
-/// Servers that enforce a schema want every field required; what we accept may leave `fact` out.
-#[derive(Clone, Copy, PartialEq)]
-enum FactField {
-    Required,
-    Optional,
-}
-
-fn answer_schema(fact: FactField) -> Value {
-    let mut required = vec!["question", "answer"];
-    if fact == FactField::Required {
-        required.push("fact");
-    }
-    json!({
-        "type": "object",
-        "additionalProperties": false,
-        "required": ["examples"],
-        "properties": { "examples": { "type": "array", "items": {
-            "type": "object",
-            "additionalProperties": false,
-            "required": required,
-            "properties": {
-                "question": { "type": "string" },
-                "answer": { "type": "string" },
-                "fact": { "type": "string" },
-            },
-        } } },
-    })
 }
 
 /// Asks for every chunk on `concurrency` threads. What was answered is in the memo even if this fails.
@@ -451,6 +364,14 @@ fn write(
     context.metric("completion_tokens", usage.completion_tokens);
     if examples.is_empty() {
         return Err(no_examples(chunks.len(), answered, &rejected, generator.is_live()));
+    }
+    let passages: Vec<Passage<'_>> = requests.iter().filter_map(|request| request.passage).collect();
+    let unused = generator.unused(&passages);
+    if let Some(first) = unused.first() {
+        context.warn(&format!(
+            "{} recorded answers belong to no chunk (the note is gone, or their quote is); the first: {first}",
+            unused.len()
+        ));
     }
     if let Some(row) = rejected.first() {
         context.warn(&format!(

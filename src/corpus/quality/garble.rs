@@ -14,6 +14,9 @@ static MOJIBAKE: LazyLock<Regex> = LazyLock::new(|| {
         .expect("the pattern is constant")
 });
 
+static CODE: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"(?s)```.*?(?:```|$)|`[^`\n]*`").expect("the pattern is constant"));
+
 /// Why the text reads like a broken encoding, as `holds ...`.
 pub(super) fn broken_encoding(text: &str) -> Option<String> {
     if let Some(found) = MOJIBAKE.find(text) {
@@ -26,12 +29,13 @@ pub(super) fn broken_encoding(text: &str) -> Option<String> {
     Some(format!("holds the character U+{:04X}, which no text has", u32::from(odd)))
 }
 
-/// Why the text is garbage, as `holds ...` or `repeats ...`.
+/// Why the text is garbage, as `holds ...` or `repeats ...`. Code between backticks is left alone.
 pub(super) fn explain(text: &str) -> Option<String> {
+    let prose = CODE.replace_all(text, " ");
     broken_encoding(text)
-        .or_else(|| repetition(text))
-        .or_else(|| few_letters(text))
-        .or_else(|| no_words(text))
+        .or_else(|| repetition(&prose))
+        .or_else(|| few_letters(&prose))
+        .or_else(|| no_words(&prose))
 }
 
 /// The same characters, word or phrase over and over.
@@ -61,7 +65,7 @@ fn repetition(text: &str) -> Option<String> {
         .then(|| format!("repeats the phrase `{}` {count} times", phrase.join(" ")))
 }
 
-/// Mostly signs. Fenced code is left alone.
+/// Mostly signs.
 fn few_letters(text: &str) -> Option<String> {
     let (mut all, mut usual) = (0usize, 0usize);
     for character in text.chars() {
@@ -72,7 +76,7 @@ fn few_letters(text: &str) -> Option<String> {
                 || ".,;:!?'\"’“”()%€$£/-–".contains(character),
         );
     }
-    (all >= 12 && usual * 10 < all * 7 && !text.contains("```"))
+    (all >= 12 && usual * 10 < all * 7)
         .then(|| format!("holds only {} % letters, digits and usual signs", usual * 100 / all))
 }
 
@@ -161,6 +165,7 @@ mod tests {
             "No more than 40 % of engineering may work on Keel in any quarter.",
             "```sh\nfor f in *.md; do cat \"$f\" | wc -l; done\n```",
             "Rhythm and strengths matter in Knightsbridge, says Schmidt.",
+            "Here it is: ```\n2x1=2 | 3x1=3 | 4x1=4 | 5x1=5\n0 0 0 0 0 0\n```",
             "1. Reduce\n2. Reuse\n3. Recycle\n4. Repair",
             "It cost £1,000,000,000 in 2021.",
             "東京は日本の首都です。",

@@ -5,6 +5,11 @@ use std::collections::BTreeSet;
 
 use crate::corpus::words::{is_stop_word, normalised, quantities, stem, supported_numbers};
 
+/// Letters in which two long words must agree to be forms of one (`present`, `presentation`).
+const BEGINNING: usize = 6;
+/// A language shows in far less text than a chunk.
+const LANGUAGE_CHARACTERS: usize = 800;
+
 /// Why the evidence does not support the answer. Numbers are compared by value (`1,130` is `1130`, `310k` is
 /// `310,000`, `twelve` supports `12`), words by stem; `min_percent` is the smallest share of content words.
 pub(super) fn unsupported(answer: &str, evidence: &str, min_percent: f64) -> Option<String> {
@@ -27,9 +32,15 @@ pub(super) fn unsupported(answer: &str, evidence: &str, min_percent: f64) -> Opt
         })
         .map(stem)
         .collect();
-    let found = words.iter().filter(|word| known.contains(*word)).count();
+    let is_known = |word: &str| {
+        let beginning = word.char_indices().nth(BEGINNING).map_or(word, |(end, _)| &word[..end]);
+        known.contains(word)
+            || beginning.len() < word.len()
+                && known.range(beginning..).next().is_some_and(|k| k.starts_with(beginning))
+    };
+    let found = words.iter().filter(|word| is_known(word)).count();
     let percent = 100.0 * found as f64 / words.len().max(1) as f64;
-    let strange: Vec<&str> = words.iter().filter(|word| !known.contains(*word)).take(5).copied().collect();
+    let strange: Vec<&str> = words.iter().filter(|word| !is_known(word)).take(5).copied().collect();
     (words.len() >= 2 && percent < min_percent).then(|| {
         format!(
             "only {found} of {} content words stand in the passage; not `{}`",
@@ -76,7 +87,8 @@ fn reliable_language(text: &str) -> Option<whatlang::Lang> {
     if text.split_whitespace().count() < 6 {
         return None;
     }
-    whatlang::detect(text)
+    let end = text.char_indices().nth(LANGUAGE_CHARACTERS).map_or(text.len(), |(end, _)| end);
+    whatlang::detect(&text[..end])
         .filter(|found| found.is_reliable() && found.confidence() > 0.95)
         .map(|found| found.lang())
 }

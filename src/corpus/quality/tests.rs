@@ -37,6 +37,7 @@ fn a_summary_of_only_a_file_name_is_empty() {
 fn json_is_an_answer_only_where_json_was_asked_for() {
     check("What happened?", r#"{"summary":"Sales grew","bullets":["x"]}"#, &[Defect::Gibberish]);
     check("What happened?", r#"{"summary":"Sales grew","bul"#, &[Defect::Gibberish]);
+    check("Which roles are there?", r#"["driver", "dispatcher"]"#, &[]);
     check("Answer as JSON: what happened?", r#"{"summary":"Sales grew"}"#, &[]);
 }
 
@@ -52,8 +53,10 @@ fn fragments_start_or_stop_in_the_middle() {
     check("What are the action items?", "and then the", &[Defect::Fragment]);
     check("What are the action items?", "follow up w/ - ", &[Defect::Fragment]);
     check("What was agreed?", "The team will meet with", &[Defect::Fragment]);
+    check("What are the next steps?", "; same five unless", &[Defect::Fragment]);
     check("Why?", "Because Gannet has not paid yet.", &[]);
     check("Who leads it?", "Callum Reid", &[]);
+    check("Where is it?", "It is at https://example.org/plan/", &[]);
 }
 
 #[test]
