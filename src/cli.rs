@@ -131,7 +131,12 @@ pub(crate) fn main() -> ExitCode {
         Command::Cache(command) => store().and_then(|store| cache::main(&command, &store)),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut <Cli as clap::CommandFactory>::command(), "tunesmith", &mut script);
+            clap_complete::generate(
+                shell,
+                &mut <Cli as clap::CommandFactory>::command(),
+                "tunesmith",
+                &mut script,
+            );
             print::data(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }

@@ -27,96 +27,96 @@ pub(crate) mod words;
 
 /// One piece of a note: a Markdown or text file, or one page of a PDF. Table `documents.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Document {
+pub(crate) struct Document {
     /// `<path>` or `<path>#page=3`; unique in its table.
-    pub id: String,
+    pub(crate) id: String,
     /// Where it came from.
-    pub source: Source,
+    pub(crate) source: Source,
     /// Title from the front matter, the first heading, or the file's stem.
-    pub title: String,
+    pub(crate) title: String,
     /// Clean text, paragraphs separated by blank lines, Markdown headings kept as `# ...` lines.
-    pub text: String,
+    pub(crate) text: String,
     /// Front matter and what the reader found out (`language`, `date`, `tags`, ...).
-    pub meta: serde_json::Map<String, serde_json::Value>,
+    pub(crate) meta: serde_json::Map<String, serde_json::Value>,
 }
 
 /// The file, and the place in it, a document came from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Source {
+pub(crate) struct Source {
     /// Path relative to the manifest.
-    pub path: String,
+    pub(crate) path: String,
     /// 1-based page of a PDF.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub page: Option<u32>,
+    pub(crate) page: Option<u32>,
     /// BLAKE3 of the file, hex.
-    pub digest: String,
+    pub(crate) digest: String,
 }
 
 /// A passage of a document that fits a token budget. Table `chunks.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Chunk {
+pub(crate) struct Chunk {
     /// `<document id>@<start byte>`; unique in its table.
-    pub id: String,
+    pub(crate) id: String,
     /// Id of the document.
-    pub document: String,
+    pub(crate) document: String,
     /// Copied from the document, so that one table is enough to show where a passage stands.
-    pub source: Source,
+    pub(crate) source: Source,
     /// Headings above the passage, outermost first.
-    pub headings: Vec<String>,
+    pub(crate) headings: Vec<String>,
     /// Byte range in the document's text.
-    pub span: [usize; 2],
+    pub(crate) span: [usize; 2],
     /// The passage: exactly `document.text[span]`.
-    pub text: String,
+    pub(crate) text: String,
     /// Its length in tokens.
-    pub tokens: usize,
+    pub(crate) tokens: usize,
 }
 
 /// One training example. Table `examples.jsonl`; a split folder holds `train.jsonl`, `validation.jsonl`, `test.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Example {
+pub(crate) struct Example {
     /// Unique in its table; derived from content and origin, so that it is stable across runs.
-    pub id: String,
+    pub(crate) id: String,
     /// The conversation; the last message is the assistant's.
-    pub messages: Vec<Message>,
+    pub(crate) messages: Vec<Message>,
     /// Ties paraphrases of one fact, or rows of one source, together: a split never separates a group.
-    pub group: String,
+    pub(crate) group: String,
     /// Free labels (`category:email-summary`).
-    pub tags: Vec<String>,
+    pub(crate) tags: Vec<String>,
     /// What a right answer must hold: for each entry, at least one of its alternatives. Empty where unknown.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub key_facts: Vec<Vec<String>>,
+    pub(crate) key_facts: Vec<Vec<String>>,
     /// Where it came from.
-    pub provenance: Provenance,
+    pub(crate) provenance: Provenance,
 }
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
+pub(crate) struct Message {
     /// `system`, `user` or `assistant`.
-    pub role: String,
+    pub(crate) role: String,
     /// What was said.
-    pub content: String,
+    pub(crate) content: String,
 }
 
 /// How an example came to be.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Provenance {
+pub(crate) struct Provenance {
     /// Ids of the chunks it was made from.
-    pub chunks: Vec<String>,
+    pub(crate) chunks: Vec<String>,
     /// The file and page behind the chunks (or the file and row it was loaded from), for people.
-    pub places: Vec<String>,
+    pub(crate) places: Vec<String>,
     /// What made it: `replay:answers.jsonl`, `openai:gpt-x`, `load:alpaca`.
-    pub generator: String,
+    pub(crate) generator: String,
     /// BLAKE3 of the prompt that was answered, hex; empty for loaded rows.
-    pub prompt: String,
+    pub(crate) prompt: String,
     /// The passage the answer must be grounded in, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub evidence: Option<String>,
+    pub(crate) evidence: Option<String>,
 }
 
 impl Example {
     /// The last user message.
-    pub fn question(&self) -> &str {
+    pub(crate) fn question(&self) -> &str {
         self.messages
             .iter()
             .rev()
@@ -137,7 +137,7 @@ impl Example {
     }
 
     /// The last assistant message.
-    pub fn answer(&self) -> &str {
+    pub(crate) fn answer(&self) -> &str {
         self.messages
             .iter()
             .rev()
@@ -148,7 +148,7 @@ impl Example {
 
 /// Why a table could not be read or written.
 #[derive(Debug, thiserror::Error)]
-pub enum TableError {
+pub(crate) enum TableError {
     /// The file could not be read or written.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -176,7 +176,7 @@ impl From<TableError> for tunesmith_pipeline::stage::StageError {
 }
 
 /// Reads a table; empty lines are skipped.
-pub fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, TableError> {
+pub(crate) fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, TableError> {
     let mut rows = Vec::new();
     for (index, line) in BufReader::new(fs_err::File::open(path)?).lines().enumerate() {
         let line = line?;
@@ -193,7 +193,7 @@ pub fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, TableError
 }
 
 /// Writes a table.
-pub fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableError> {
+pub(crate) fn write_table<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), TableError> {
     let mut out = std::io::BufWriter::new(fs_err::File::create(path)?);
     for row in rows {
         serde_json::to_writer(&mut out, row).map_err(std::io::Error::from)?;

@@ -38,7 +38,9 @@ pub(crate) static STAGES: &[&dyn StageKind] = &[
 
 /// `docs/stages.md`: every kind with its inputs, outputs and parameters.
 pub(crate) fn markdown() -> String {
-    let mut page = String::from("# Stages\n\nWritten by `tunesmith schema --markdown` from the stage kinds; do not edit.\n");
+    let mut page = String::from(
+        "# Stages\n\nWritten by `tunesmith schema --markdown` from the stage kinds; do not edit.\n",
+    );
     for kind in STAGES {
         describe(*kind, &mut page).expect("a string takes everything");
     }

@@ -108,9 +108,15 @@ fn notes_become_an_adapter_and_a_report() {
     assert_eq!(report["ok"], true);
     assert!(states(&report).iter().all(|state| state.ends_with("=ran")), "{:?}", states(&report));
     let train = &stage(&report, "adapter")["metrics"];
-    for metric in
-        ["loss", "eval_loss", "steps", "supervised_tokens", "tokens_per_second", "peak_rss_bytes", "adapted_percent"]
-    {
+    for metric in [
+        "loss",
+        "eval_loss",
+        "steps",
+        "supervised_tokens",
+        "tokens_per_second",
+        "peak_rss_bytes",
+        "adapted_percent",
+    ] {
         assert!(train[metric].as_f64().is_some_and(f64::is_finite), "{metric} in {train}");
     }
     let eval = &stage(&report, "answers")["metrics"];
@@ -119,7 +125,10 @@ fn notes_become_an_adapter_and_a_report() {
     }
     assert!(eval["tuned.loss"].as_f64() < eval["base.loss"].as_f64(), "{eval}");
     let html = project.read("cache/out/job/report/report.html");
-    assert!(html.contains("<svg") && html.contains("notes/Aldmoor.md") && !html.contains("http-equiv"), "report");
+    assert!(
+        html.contains("<svg") && html.contains("notes/Aldmoor.md") && !html.contains("http-equiv"),
+        "report"
+    );
     assert!(!html.contains("src=\"http") && !html.contains("href=\"http"), "the report reaches out");
 
     let again = project.json(&RUN);
@@ -127,7 +136,10 @@ fn notes_become_an_adapter_and_a_report() {
 
     let ranked = project.json(&["plan", "job.yaml", "--json", "--set", "rank=8"]);
     let cached = |name: &str| stage(&ranked, name)["state"] == "cached";
-    assert!(["notes", "chunks", "drafts", "checked", "unique", "split", "base"].into_iter().all(cached), "{ranked}");
+    assert!(
+        ["notes", "chunks", "drafts", "checked", "unique", "split", "base"].into_iter().all(cached),
+        "{ranked}"
+    );
     assert_eq!(stage(&ranked, "adapter")["state"], "run");
     assert!(stage(&ranked, "adapter")["reasons"].to_string().contains("rank"), "{ranked}");
 }
@@ -151,13 +163,18 @@ fn an_edited_note_reruns_only_its_own_rows() {
 #[test]
 fn a_killed_training_resumes_to_the_same_bytes_whatever_the_thread_count() {
     let uninterrupted = project();
-    let expected = digest(&uninterrupted.json(&["run", "job.yaml", "adapter", "--json", "--threads", "1"]), "adapter", ADAPTER);
+    let expected = digest(
+        &uninterrupted.json(&["run", "job.yaml", "adapter", "--json", "--threads", "1"]),
+        "adapter",
+        ADAPTER,
+    );
 
     let project = project();
     project.json(&["run", "job.yaml", "split", "base", "--json"]);
     let mut kills = 0;
     for step in [1, 3, 5] {
-        let mut child = project.command(&["run", "job.yaml", "adapter"]).stderr(Stdio::null()).spawn().unwrap();
+        let mut child =
+            project.command(&["run", "job.yaml", "adapter"]).stderr(Stdio::null()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(120);
         while newest_checkpoint(&project) < step && child.try_wait().unwrap().is_none() {
             assert!(Instant::now() < deadline, "no checkpoint of step {step}");
@@ -184,7 +201,10 @@ fn newest_checkpoint(project: &Project) -> u64 {
                 folders.push(entry.path());
             }
             let name = entry.file_name().to_string_lossy().into_owned();
-            let step = name.strip_prefix("step-").and_then(|rest| rest.strip_suffix(".ckpt")).and_then(|step| step.parse().ok());
+            let step = name
+                .strip_prefix("step-")
+                .and_then(|rest| rest.strip_suffix(".ckpt"))
+                .and_then(|step| step.parse().ok());
             newest = newest.max(step.unwrap_or(0));
         }
     }
@@ -195,7 +215,8 @@ fn newest_checkpoint(project: &Project) -> u64 {
 fn an_interrupted_run_says_what_is_kept_and_goes_on() {
     let project = project();
     project.json(&["run", "job.yaml", "split", "base", "--json"]);
-    let mut child = project.command(&["run", "job.yaml", "--set", "epochs=400"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        project.command(&["run", "job.yaml", "--set", "epochs=400"]).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     while newest_checkpoint(&project) < 2 {
         assert!(Instant::now() < deadline, "no checkpoint");
@@ -267,7 +288,8 @@ fn a_broken_pdf_is_a_reported_row_and_never_a_crash() {
     let project = project();
     project.write("notes/empty.pdf", "");
     project.write("notes/garbage.pdf", "%PDF-1.7\nnot really\n%%EOF");
-    project.write("notes/latin1.txt", b"Caf\xe9 in Malm\xf6: na\xefve r\xe9sum\xe9 notes about the b\xfcro.\n");
+    project
+        .write("notes/latin1.txt", b"Caf\xe9 in Malm\xf6: na\xefve r\xe9sum\xe9 notes about the b\xfcro.\n");
     let report = project.json(&["run", "job.yaml", "chunks", "--json"]);
     let rejected = project.read("cache/out/job/notes/rejected.jsonl");
     assert!(rejected.contains("notes/empty.pdf") && rejected.contains("notes/garbage.pdf"), "{rejected}");
@@ -317,9 +339,10 @@ fn garbage_above_the_threshold_fails_the_run_and_names_the_defects() {
 fn a_held_out_question_that_was_trained_on_is_a_leak() {
     refused(
         |project| {
-            let leaked = project
-                .read("questions.jsonl")
-                .replace("Tell me what flows past Aldmoor, please.", "Which river runs through the town of Aldmoor?");
+            let leaked = project.read("questions.jsonl").replace(
+                "Tell me what flows past Aldmoor, please.",
+                "Which river runs through the town of Aldmoor?",
+            );
             project.write("questions.jsonl", leaked);
         },
         &[],

@@ -43,7 +43,9 @@ fn every_shipped_manifest_loads_and_draws() {
             let path = path.to_str().unwrap();
             let project = Project::new();
             project.run(&["check", path]).success();
-            assert!(project.run(&["graph", path, "--format", "mermaid"]).success().stdout.contains("flowchart"));
+            assert!(
+                project.run(&["graph", path, "--format", "mermaid"]).success().stdout.contains("flowchart")
+            );
             found += 1;
         }
     }
@@ -92,7 +94,8 @@ fn a_negative_rank_is_refused_where_it_stands() {
 
 #[test]
 fn yaml_and_toml_mean_the_same() {
-    let yaml = "name: twin\nstages:\n  one: { uses: exec, with: { run: \"echo 1 > out\", outputs: [out] } }\n";
+    let yaml =
+        "name: twin\nstages:\n  one: { uses: exec, with: { run: \"echo 1 > out\", outputs: [out] } }\n";
     let toml = "name = \"twin\"\n[stages.one]\nuses = \"exec\"\nwith = { run = \"echo 1 > out\", outputs = [\"out\"] }\n";
     let project = Project::new().file("twin.yaml", yaml).file("twin.toml", toml);
     project.run(&["run", "twin.yaml"]).success();

@@ -44,7 +44,9 @@ impl Chain {
         let mut arguments = vec!["run", "chain.yaml", "--json"];
         arguments.extend(more);
         let mut command = self.project.command(&arguments);
-        crate::harness::Ran::from(command.env("LOG", self.project.path("log")).output().unwrap()).success().json()
+        crate::harness::Ran::from(command.env("LOG", self.project.path("log")).output().unwrap())
+            .success()
+            .json()
     }
 
     fn executions(&self, name: &str) -> usize {
@@ -107,7 +109,10 @@ fn explain_names_the_file_and_the_parameter() {
     chain.run(&[]);
     chain.project.write("notes/b.txt", "other\n");
     let mut command = chain.project.command(&["explain", "chain.yaml", "lines", "--json"]);
-    let explained = crate::harness::Ran::from(command.env("LOG", chain.project.path("log")).output().unwrap()).success().json();
+    let explained =
+        crate::harness::Ran::from(command.env("LOG", chain.project.path("log")).output().unwrap())
+            .success()
+            .json();
     let reasons = explained["reasons"].to_string();
     assert!(reasons.contains("notes/b.txt") && !reasons.contains("notes/a.txt"), "{reasons}");
 }
@@ -134,16 +139,19 @@ stages:
 
 #[test]
 fn a_missing_output_is_an_error_that_shows_what_is_there() {
-    let project = Project::new()
-        .file("m.yaml", "stages: { one: { uses: exec, with: { run: 'echo 1 > other', outputs: [wanted] } } }\n");
+    let project = Project::new().file(
+        "m.yaml",
+        "stages: { one: { uses: exec, with: { run: 'echo 1 > other', outputs: [wanted] } } }\n",
+    );
     project.run(&["run", "m.yaml"]).code(1).says("did not write `wanted`").says("other");
 }
 
 #[test]
 fn an_undeclared_input_is_not_there() {
-    let project = Project::new()
-        .file("secret.txt", "x")
-        .file("m.yaml", "stages: { one: { uses: exec, with: { run: 'cat secret.txt > out', outputs: [out] } } }\n");
+    let project = Project::new().file("secret.txt", "x").file(
+        "m.yaml",
+        "stages: { one: { uses: exec, with: { run: 'cat secret.txt > out', outputs: [out] } } }\n",
+    );
     project.run(&["run", "m.yaml"]).code(1).says("secret.txt");
 }
 
@@ -158,7 +166,11 @@ fn a_stage_reads_the_note_as_it_was_when_its_key_was_made() {
     project.write("in.txt", "new\n");
     assert!(child.wait().unwrap().success());
     assert_eq!(project.read("cache/out/m/one/out.txt"), "old\n");
-    assert_eq!(states(&project.json(&["run", "m.yaml", "--json"])), ["one=ran"], "the edit is seen by the next run");
+    assert_eq!(
+        states(&project.json(&["run", "m.yaml", "--json"])),
+        ["one=ran"],
+        "the edit is seen by the next run"
+    );
     assert_eq!(project.read("cache/out/m/one/out.txt"), "new\n");
 }
 
@@ -230,7 +242,11 @@ fn an_altered_object_is_found_before_it_is_used() {
     let report = project.json(&["run", "m.yaml", "--json"]);
     let object = digest(&report, "a", "out");
     let path = project.path("cache/objects").join(&object[..2]).join(&object);
-    let path = if path.exists() { path } else { project.path("cache/objects").join(&object[..2]).join(&object[2..]) };
+    let path = if path.exists() {
+        path
+    } else {
+        project.path("cache/objects").join(&object[..2]).join(&object[2..])
+    };
     let metadata = std::fs::metadata(&path).unwrap();
     let mut permissions = metadata.permissions();
     std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);

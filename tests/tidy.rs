@@ -60,7 +60,9 @@ fn names_say_what_they_hold() {
 #[test]
 fn nothing_is_left_half_done() {
     let words = ["TODO", "FIXME", "XXX", "unimplemented!", "todo!("];
-    each_source(|_, text| words.iter().find(|word| text.contains(**word)).map(|word| format!("holds `{word}`")));
+    each_source(|_, text| {
+        words.iter().find(|word| text.contains(**word)).map(|word| format!("holds `{word}`"))
+    });
 }
 
 #[test]
@@ -79,7 +81,18 @@ fn the_runner_and_the_engine_do_not_know_each_other() {
 
 #[test]
 fn the_rooms_of_the_card_stand() {
-    for room in ["Cargo.toml", "src", "kernels", "pipelines", "cache", "tests", "justfile", "README.md", "ARCHITECTURE.md", "docs"] {
+    for room in [
+        "Cargo.toml",
+        "src",
+        "kernels",
+        "pipelines",
+        "cache",
+        "tests",
+        "justfile",
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs",
+    ] {
         assert!(repository().join(room).exists(), "{room}");
     }
 }

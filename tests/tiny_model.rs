@@ -71,7 +71,8 @@ fn tokenizer() -> Value {
 fn tokenizer_config() -> Value {
     let mut template = String::new();
     write!(template, "{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}}}{{% endfor %}}").unwrap();
-    write!(template, "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}").unwrap();
+    write!(template, "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}")
+        .unwrap();
     json!({
         "tokenizer_class": "GPT2TokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>", "add_bos_token": false, "model_max_length": 512, "chat_template": template

@@ -22,8 +22,8 @@ pub(super) struct Options {
 /// Prints one line a reason.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
-    let explanation =
-        runner::explain(&pipeline, store, &options.stage).map_err(|error| problems::show_runner(&error, options.json))?;
+    let explanation = runner::explain(&pipeline, store, &options.stage)
+        .map_err(|error| problems::show_runner(&error, options.json))?;
     if options.json {
         print::json(&explanation);
     } else if explanation.reasons.is_empty() {

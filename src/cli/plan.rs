@@ -1,7 +1,7 @@
 //! `plan`: what a run would do, and why. Hashes inputs; runs nothing.
 
 use clap::Args;
-use tunesmith_pipeline::runner::{self, RunOptions};
+use tunesmith_pipeline::runner::{self, PlannedState, RunOptions};
 use tunesmith_pipeline::store::Store;
 
 use super::exit_code::Failure;
@@ -26,17 +26,23 @@ pub(super) struct Options {
 /// Prints one line a stage.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
-    let run = RunOptions { targets: options.stages.clone(), force: options.force.clone(), ..RunOptions::default() };
-    let plan = runner::plan(&pipeline, store, &run).map_err(|error| problems::show_runner(&error, options.json))?;
+    let run =
+        RunOptions { targets: options.stages.clone(), force: options.force.clone(), ..RunOptions::default() };
+    let plan =
+        runner::plan(&pipeline, store, &run).map_err(|error| problems::show_runner(&error, options.json))?;
     if options.json {
         print::json(&plan);
         return Ok(());
     }
-    let paint = Paint::stderr();
+    let paint = Paint::stdout();
     for stage in &plan.stages {
         let why = stage.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-        let state = format!("{:<8}", stage.state.to_string());
-        print::data(format!("{} {:<14} {why}", paint.bold(&state), stage.name).trim_end());
+        let state = match stage.state {
+            PlannedState::Cached => "cached ",
+            PlannedState::Run => "run    ",
+            PlannedState::Blocked => "blocked",
+        };
+        print::data(format!("{} {:<14} {why}", paint.bold(state), stage.name).trim_end());
     }
     Ok(())
 }

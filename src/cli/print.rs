@@ -30,7 +30,12 @@ pub(crate) struct Paint {
 impl Paint {
     /// For stderr.
     pub(crate) fn stderr() -> Self {
-        Self { on: std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) }
+        Self { on: std::io::stderr().is_terminal() && wanted() }
+    }
+
+    /// For stdout.
+    pub(crate) fn stdout() -> Self {
+        Self { on: std::io::stdout().is_terminal() && wanted() }
     }
 
     /// Whether colours are used.
@@ -61,4 +66,8 @@ impl Paint {
     pub(crate) fn yellow(self, text: &str) -> String {
         self.wrap("33", text)
     }
+}
+
+fn wanted() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

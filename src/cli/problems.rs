@@ -2,12 +2,11 @@
 //! `error: … hint: …`; or all of it as the JSON of the contract.
 
 use std::error::Error;
-use std::path::Path;
 
-use miette::{GraphicalReportHandler, GraphicalTheme};
+use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 use serde_json::json;
 use tunesmith_pipeline::manifest::{ManifestErrors, ManifestProblem};
-use tunesmith_pipeline::runner::{RunnerError, StageFailure};
+use tunesmith_pipeline::runner::{ErrorReport, RunnerError};
 
 use super::exit_code::Failure;
 use super::print::{self, Paint};
@@ -26,7 +25,10 @@ pub(super) fn show(errors: &ManifestErrors, as_json: bool) {
     }
     let count = errors.problems.len();
     let noun = if count == 1 { "problem" } else { "problems" };
-    print::note(&format!("{} {count} {noun} in the manifest; nothing was run", Paint::stderr().red("error:")));
+    print::note(&format!(
+        "{} {count} {noun} in the manifest; nothing was run",
+        Paint::stderr().red("error:")
+    ));
 }
 
 /// Shows the warnings of a manifest that loaded.
@@ -36,13 +38,14 @@ pub(super) fn show_warnings(warnings: &[ManifestProblem]) {
     }
 }
 
-fn render(problem: &ManifestProblem) -> String {
-    let theme = if Paint::stderr().is_on() { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+fn render(problem: &dyn Diagnostic) -> String {
+    let theme =
+        if Paint::stderr().is_on() { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
     let mut text = String::new();
     let handler = GraphicalReportHandler::new_themed(theme).with_width(WIDTH).with_links(false);
     match handler.render_report(&mut text, problem) {
         Ok(()) => text,
-        Err(_) => format!("{}:{}:{}: {problem}", problem.file.display(), problem.line, problem.column),
+        Err(_) => problem.to_string(),
     }
 }
 
@@ -67,31 +70,27 @@ pub(super) fn show_error(error: &dyn Error, hint: Option<&str>) {
 
 /// Shows why the runner did not run, and says how the program ends.
 pub(super) fn show_runner(error: &RunnerError, as_json: bool) -> Failure {
-    let failures = error.failures();
     if as_json {
-        print::json(&json!({ "ok": false, "stages": [], "errors": failures }));
+        print::json(&json!({ "ok": false, "stages": [], "errors": [ErrorReport::from(error)] }));
     } else {
-        failures.iter().for_each(show_failure);
+        print::note(render(error).trim_end());
     }
-    if error.is_usage() { Failure::Usage } else { Failure::Run }
+    match error {
+        RunnerError::UnknownStage { .. } | RunnerError::Source(_) => Failure::Usage,
+        RunnerError::Restless | RunnerError::Store(_) => Failure::Run,
+    }
 }
 
-/// Shows one failure of a run.
-pub(super) fn show_failure(failure: &StageFailure) {
+/// Shows one error of a run.
+pub(super) fn show_error_report(error: &ErrorReport) {
     let paint = Paint::stderr();
-    let stage = failure.stage.as_ref().map(|stage| format!("stage `{stage}`: ")).unwrap_or_default();
-    let place = failure.file.as_deref().map(|file| format!("{}: ", place(file, failure.line, failure.column)));
-    print::note(&format!("{} {}{stage}{}", paint.red("error:"), place.unwrap_or_default(), failure.message));
-    if let Some(hint) = &failure.hint {
-        print::note(&format!("{}  {hint}", paint.dim("hint:")));
+    let stage = error.stage.as_ref().map(|stage| format!("stage `{stage}`: ")).unwrap_or_default();
+    print::note(&format!("{} {stage}{}", paint.red("error:"), error.message));
+    if let Some(file) = &error.file {
+        let numbers = [error.line, error.column].into_iter().flatten().map(|number| format!(":{number}"));
+        print::note(&format!("   {} {file}{}", paint.dim("at"), numbers.collect::<String>()));
     }
-}
-
-fn place(file: &Path, line: Option<usize>, column: Option<usize>) -> String {
-    let mut text = file.display().to_string();
-    for number in [line, column].into_iter().flatten() {
-        text.push(':');
-        text.push_str(&number.to_string());
+    if let Some(hint) = &error.hint {
+        print::note(&format!(" {} {hint}", paint.dim("hint:")));
     }
-    text
 }

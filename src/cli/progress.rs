@@ -109,13 +109,16 @@ impl Progress {
 }
 
 fn unknown_style() -> ProgressStyle {
-    ProgressStyle::with_template("  {spinner} {prefix:<12} {elapsed} {pos} {msg}").expect("the template is well-formed")
+    ProgressStyle::with_template("  {spinner} {prefix:<12} {elapsed} {pos} {msg}")
+        .expect("the template is well-formed")
 }
 
 fn known_style() -> ProgressStyle {
-    ProgressStyle::with_template("  {spinner} {prefix:<12} [{bar:28}] {pos}/{len} {msg} {elapsed} (about {eta} left)")
-        .expect("the template is well-formed")
-        .progress_chars("=> ")
+    ProgressStyle::with_template(
+        "  {spinner} {prefix:<12} [{bar:28}] {pos}/{len} {msg} {elapsed} (about {eta} left)",
+    )
+    .expect("the template is well-formed")
+    .progress_chars("=> ")
 }
 
 impl Reporter for Progress {
@@ -127,19 +130,26 @@ impl Reporter for Progress {
             RunEvent::StageStarted { stage, kind, reasons, previous_seconds } => {
                 let before = previous_seconds
                     .filter(|seconds| *seconds >= 1.0)
-                    .map(|seconds| format!(", took {} last time", HumanDuration(Duration::from_secs_f64(seconds))))
+                    .map(|seconds| {
+                        format!(", took {} last time", HumanDuration(Duration::from_secs_f64(seconds)))
+                    })
                     .unwrap_or_default();
-                let why = if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
+                let why =
+                    if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
                 self.talk(&format!("  {} {stage} ({kind}{before}){why}", paint.bold("running")));
                 self.start(stage);
             }
             RunEvent::StageWaiting { stage } => {
                 self.talk(&format!("  {} {stage}: another run is making it", paint.dim("waiting")));
             }
-            RunEvent::StageProgress { stage, done, total, unit, detail } => self.advance(stage, *done, *total, unit, detail),
+            RunEvent::StageProgress { stage, done, total, unit, detail } => {
+                self.advance(stage, *done, *total, unit, detail)
+            }
             RunEvent::StageMessage { stage, level, text } => match level {
                 MessageLevel::Info => self.talk(&format!("    {stage}: {text}")),
-                MessageLevel::Warning => self.line(&format!("    {} {stage}: {text}", paint.yellow("warning:"))),
+                MessageLevel::Warning => {
+                    self.line(&format!("    {} {stage}: {text}", paint.yellow("warning:")))
+                }
             },
             RunEvent::StageFinished { stage, seconds, rows, .. } => {
                 self.end(stage);

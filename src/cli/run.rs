@@ -64,7 +64,7 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     if options.json {
         print::json(&report);
     }
-    report.errors.iter().for_each(problems::show_failure);
+    report.errors.iter().for_each(problems::show_error_report);
     if !options.quiet && !options.json {
         sum_up(&report);
     }
@@ -91,20 +91,30 @@ fn sum_up(report: &RunReport) {
     let width = report.stages.iter().map(|stage| stage.name.len()).max().unwrap_or(0);
     print::note("");
     for stage in &report.stages {
-        let state = stage.state.to_string();
         let state = match stage.state {
-            StageState::Ran => paint.green(&format!("{state:<7}")),
-            StageState::Failed => paint.red(&format!("{state:<7}")),
-            StageState::Cached | StageState::Skipped => paint.dim(&format!("{state:<7}")),
+            StageState::Ran => paint.green("ran    "),
+            StageState::Failed => paint.red("failed "),
+            StageState::Cached => paint.dim("cached "),
+            StageState::Skipped => paint.dim("skipped"),
         };
-        let rows = if stage.state == StageState::Ran && stage.rows.total > 0 { rows_text(&stage.rows) } else { String::new() };
-        let seconds = if stage.state == StageState::Ran { format!("{:>7.1} s", stage.seconds) } else { " ".repeat(9) };
+        let rows = if stage.state == StageState::Ran && stage.rows.total > 0 {
+            rows_text(&stage.rows)
+        } else {
+            String::new()
+        };
+        let seconds =
+            if stage.state == StageState::Ran { format!("{:>7.1} s", stage.seconds) } else { " ".repeat(9) };
         print::note(format!("  {state} {:<width$} {seconds}  {rows}", stage.name).trim_end());
     }
     let ran = report.stages.iter().filter(|stage| stage.state == StageState::Ran).count();
     let cached = report.stages.iter().filter(|stage| stage.state == StageState::Cached).count();
     print::note(&format!("{ran} ran, {cached} cached, in {:.2} s", report.seconds));
-    for path in &report.shown {
-        print::note(&format!("{} {}", paint.bold("report:"), path.display()));
+    for stage in &report.stages {
+        let pages = stage.outputs.iter().filter(|output| output.path.ends_with(".html"));
+        for (folder, page) in
+            stage.folder.iter().flat_map(|folder| pages.clone().map(move |page| (folder, page)))
+        {
+            print::note(&format!("{} {}", paint.bold("report:"), folder.join(&page.path).display()));
+        }
     }
 }

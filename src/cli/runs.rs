@@ -53,7 +53,9 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
         }
         Command::Show { run, json } => {
             let Some(details) = runs.show(run).map_err(failed)? else {
-                print::note(&format!("error: no run `{run}` in this store\nhint:  `tunesmith runs list` shows the ids"));
+                print::note(&format!(
+                    "error: no run `{run}` in this store\nhint:  `tunesmith runs list` shows the ids"
+                ));
                 return Err(Failure::Usage);
             };
             if *json {

@@ -29,6 +29,8 @@ pub(crate) struct Seen {
     pub(crate) unfinished: usize,
     /// Loss on the test rows, tuned and base.
     pub(crate) losses: Option<(f64, f64)>,
+    /// Whether the accuracy intervals of tuned and base do not touch.
+    pub(crate) accuracies_apart: bool,
 }
 
 /// Questions below which a proportion says little.
@@ -39,10 +41,22 @@ pub(crate) fn raise(seen: &Seen) -> Vec<Flag> {
     let mut flags = Vec::new();
     let mut flag = |name: &str, detail: String| flags.push(Flag { name: name.to_owned(), detail });
     if seen.questions > 0 && seen.questions < QUESTIONS_MIN {
-        flag("too_few_questions", format!("{} questions with key facts; below {QUESTIONS_MIN} the interval is wide", seen.questions));
+        flag(
+            "too_few_questions",
+            format!(
+                "{} questions with key facts; below {QUESTIONS_MIN} the interval is wide",
+                seen.questions
+            ),
+        );
     }
     if seen.questions > 0 && seen.tuned_right == seen.questions {
-        flag("perfect_score", format!("all {} answers are right; look for a leak or for questions that are too easy", seen.questions));
+        flag(
+            "perfect_score",
+            format!(
+                "all {} answers are right; look for a leak or for questions that are too easy",
+                seen.questions
+            ),
+        );
     }
     if seen.leaks_exact > 0 {
         flag("leak", format!("{} test questions stand in the training rows", seen.leaks_exact));
@@ -51,7 +65,16 @@ pub(crate) fn raise(seen: &Seen) -> Vec<Flag> {
         flag("near_leak", format!("{} test questions are close to a training question", seen.leaks_near));
     }
     if seen.questions > 0 && seen.tuned_right <= seen.base_right {
-        flag("no_better_than_base", format!("tuned {} right, base {} right", seen.tuned_right, seen.base_right));
+        flag(
+            "no_better_than_base",
+            format!("tuned {} right, base {} right", seen.tuned_right, seen.base_right),
+        );
+    }
+    if seen.tuned_right > seen.base_right && !seen.accuracies_apart {
+        flag(
+            "intervals_overlap",
+            "the accuracy intervals of tuned and base touch; ask more questions".to_owned(),
+        );
     }
     if let Some((tuned, base)) = seen.losses
         && tuned >= base
@@ -59,7 +82,10 @@ pub(crate) fn raise(seen: &Seen) -> Vec<Flag> {
         flag("loss_no_lower_than_base", format!("tuned {tuned:.3}, base {base:.3} on the test rows"));
     }
     if seen.unfinished > 0 {
-        flag("unfinished_answers", format!("{} answers of the tuned model ran into the token limit", seen.unfinished));
+        flag(
+            "unfinished_answers",
+            format!("{} answers of the tuned model ran into the token limit", seen.unfinished),
+        );
     }
     flags
 }
@@ -76,6 +102,7 @@ mod tests {
         leaks_near: 0,
         unfinished: 0,
         losses: Some((1.0, 3.0)),
+        accuracies_apart: true,
     };
 
     fn names(seen: &Seen) -> Vec<String> {
@@ -89,9 +116,16 @@ mod tests {
 
     #[test]
     fn each_flag_is_raised_by_its_cause() {
-        assert_eq!(names(&Seen { questions: 8, tuned_right: 8, ..GOOD }), ["too_few_questions", "perfect_score"]);
+        assert_eq!(
+            names(&Seen { questions: 8, tuned_right: 8, ..GOOD }),
+            ["too_few_questions", "perfect_score"]
+        );
         assert_eq!(names(&Seen { leaks_exact: 42, leaks_near: 1, ..GOOD }), ["leak", "near_leak"]);
         assert_eq!(names(&Seen { tuned_right: 1, ..GOOD }), ["no_better_than_base"]);
-        assert_eq!(names(&Seen { losses: Some((3.0, 3.0)), unfinished: 2, ..GOOD }), ["loss_no_lower_than_base", "unfinished_answers"]);
+        assert_eq!(names(&Seen { accuracies_apart: false, ..GOOD }), ["intervals_overlap"]);
+        assert_eq!(
+            names(&Seen { losses: Some((3.0, 3.0)), unfinished: 2, ..GOOD }),
+            ["loss_no_lower_than_base", "unfinished_answers"]
+        );
     }
 }

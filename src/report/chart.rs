@@ -56,7 +56,8 @@ pub(crate) fn lines(series: &[Series], x_label: &str, y_label: &str) -> Markup {
 }
 
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+    let (low, high) = values
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
     if low > high { (0.0, 1.0) } else { (low, high) }
 }
 
@@ -70,7 +71,8 @@ mod tests {
 
     #[test]
     fn values_that_are_not_finite_are_left_out() {
-        let series = Series { label: "loss".to_owned(), points: vec![(1.0, 2.0), (2.0, f64::NAN), (3.0, 1.0)] };
+        let series =
+            Series { label: "loss".to_owned(), points: vec![(1.0, 2.0), (2.0, f64::NAN), (3.0, 1.0)] };
         let svg = lines(&[series], "step", "loss").into_string();
         assert!(!svg.contains("NaN"), "{svg}");
         assert_eq!(svg.matches("<circle").count(), 2);

@@ -130,7 +130,8 @@ fn categories(prompts: &[Prompted]) -> Markup {
             }
         }
     }
-    let names: Vec<&str> = words.values().next().map(|arms| arms.iter().map(|(arm, _)| *arm).collect()).unwrap_or_default();
+    let names: Vec<&str> =
+        words.values().next().map(|arms| arms.iter().map(|(arm, _)| *arm).collect()).unwrap_or_default();
     html! {
         h3 { "Length by category (mean words an answer)" }
         table {
@@ -212,8 +213,12 @@ fn training(shown: &Shown<'_>) -> Result<Markup, ReportError> {
     let log: TrainingLog = json(shown, "training.json")?;
     let curve = |label: &str, points: Vec<(f64, f64)>| Series { label: label.to_owned(), points };
     let losses = curve("training loss", log.steps.iter().map(|step| (step.step as f64, step.loss)).collect());
-    let evals = curve("validation loss", log.evals.iter().map(|eval| (eval.step as f64, eval.loss)).collect());
-    let rates = curve("learning rate × 1000", log.steps.iter().map(|step| (step.step as f64, step.learning_rate * 1e3)).collect());
+    let evals =
+        curve("validation loss", log.evals.iter().map(|eval| (eval.step as f64, eval.loss)).collect());
+    let rates = curve(
+        "learning rate × 1000",
+        log.steps.iter().map(|step| (step.step as f64, step.learning_rate * 1e3)).collect(),
+    );
     let measured = ["tokens_per_second", "peak_rss_bytes"];
     Ok(html! {
         @for warning in &log.warnings { p .flag { (warning) } }

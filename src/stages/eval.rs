@@ -160,14 +160,18 @@ impl StageKind for Eval {
         let questions: Vec<Example> = read_table(&data.file("test.jsonl")?)?;
         let train: Vec<Example> = read_table(&data.file("train.jsonl")?)?;
         let leaks: Leaks = read_json(&data.file("leaks.json")?)?;
-        let prompts = read_prompts(context)?;
+        let prompts = if params.prompts.is_some() { read_prompts(context)? } else { Vec::new() };
         if questions.is_empty() && prompts.is_empty() {
-            return Err(StageError::new("eval::nothing_to_ask", "the split has no test rows and no prompts are named")
-                .hint("give `split` a `test` share or a `test` input, or name `prompts`"));
+            return Err(StageError::new(
+                "eval::nothing_to_ask",
+                "the split has no test rows and no prompts are named",
+            )
+            .hint("give `split` a `test` share or a `test` input, or name `prompts`"));
         }
         let arms = arms(&params, &train);
         let mut asker = Asker::open(context, &params)?;
-        let mut answered: Vec<Answered> = questions.iter().map(|example| unanswered(example, &leaks)).collect();
+        let mut answered: Vec<Answered> =
+            questions.iter().map(|example| unanswered(example, &leaks)).collect();
         let mut prompted: Vec<Prompted> = prompts
             .iter()
             .map(|row| Prompted {
@@ -178,15 +182,19 @@ impl StageKind for Eval {
             })
             .collect();
         for arm in &arms {
-            let conversations: Vec<Vec<Message>> = questions.iter().map(|example| arm.conversation(&example.messages)).collect();
+            let conversations: Vec<Vec<Message>> =
+                questions.iter().map(|example| arm.conversation(&example.messages)).collect();
             let losses = asker.losses(arm, &conversations)?;
             let asked = asker.answers(arm, &conversations, params.max_answer_tokens)?;
             for (index, (row, asked)) in answered.iter_mut().zip(asked).enumerate() {
                 let right = (!row.key_facts.is_empty()).then(|| holds_key_facts(&asked.text, &row.key_facts));
                 row.arms.push(arm_answer(arm, asked, right, Some(losses[index].nll)));
             }
-            let free: Vec<Vec<Message>> = prompts.iter().map(|row| arm.conversation(&[user(&row.prompt)])).collect();
-            for (row, asked) in prompted.iter_mut().zip(asker.answers(arm, &free, params.max_prompt_tokens)?) {
+            let free: Vec<Vec<Message>> =
+                prompts.iter().map(|row| arm.conversation(&[user(&row.prompt)])).collect();
+            for (row, asked) in
+                prompted.iter_mut().zip(asker.answers(arm, &free, params.max_prompt_tokens)?)
+            {
                 row.arms.push(arm_answer(arm, asked, None, None));
             }
             if let Some(seconds) = asker.latency(arm, &conversations, &params)? {
@@ -212,13 +220,15 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Result<T
 fn read_prompts(context: &StageContext<'_>) -> Result<Vec<PromptRow>, StageError> {
     let mut prompts = Vec::new();
     for file in context.source("prompts") {
-        prompts.extend(read_table::<PromptRow>(&file.object).map_err(|error| match error {
-            crate::corpus::TableError::Row { line, source, .. } => {
-                StageError::new("eval::prompts", source.to_string())
-                    .at(&file.path, Some(line))
-                    .hint("each line is {\"id\", \"category\", \"prompt\"}")
+        prompts.extend(read_table::<PromptRow>(&file.object).map_err(|error| {
+            match error {
+                crate::corpus::TableError::Row { line, source, .. } => {
+                    StageError::new("eval::prompts", source.to_string())
+                        .at(&file.path, Some(line))
+                        .hint("each line is {\"id\", \"category\", \"prompt\"}")
+                }
+                crate::corpus::TableError::Io(error) => error.into(),
             }
-            crate::corpus::TableError::Io(error) => error.into(),
         })?);
     }
     Ok(prompts)
@@ -226,12 +236,17 @@ fn read_prompts(context: &StageContext<'_>) -> Result<Vec<PromptRow>, StageError
 
 /// The tuned arm is asked with the system message it was trained with.
 fn arms(params: &Params, train: &[Example]) -> Vec<Arm> {
-    let trained_with = train.first().and_then(|example| example.messages.iter().find(|message| message.role == "system"));
+    let trained_with =
+        train.first().and_then(|example| example.messages.iter().find(|message| message.role == "system"));
     let mut arms = vec![Arm { name: "base", system: None, tuned: false }];
     if let Some(system) = &params.system_prompt {
         arms.push(Arm { name: "prompted", system: Some(system.clone()), tuned: false });
     }
-    arms.push(Arm { name: "tuned", system: trained_with.map(|message| message.content.clone()), tuned: true });
+    arms.push(Arm {
+        name: "tuned",
+        system: trained_with.map(|message| message.content.clone()),
+        tuned: true,
+    });
     arms
 }
 
@@ -309,8 +324,15 @@ fn summarise(
         base_right: base.right,
         leaks_exact: leaks.leaks_exact,
         leaks_near: leaks.leaks_near,
-        unfinished: answered.iter().filter(|row| row.arms.last().is_some_and(|answer| !answer.stopped)).count(),
+        unfinished: answered
+            .iter()
+            .filter(|row| row.arms.last().is_some_and(|answer| !answer.stopped))
+            .count(),
         losses: tuned.loss.zip(base.loss).map(|(tuned, base)| (tuned.value, base.value)),
+        accuracies_apart: tuned
+            .accuracy
+            .zip(base.accuracy)
+            .is_none_or(|(tuned, base)| tuned.apart_from(&base)),
     };
     Summary {
         questions,
@@ -330,7 +352,8 @@ fn summarise(
 /// Every figure as `<arm>.<measure>`, with `.low` and `.high` where it has an interval.
 fn report_metrics(context: &StageContext<'_>, summary: &Summary) {
     for arm in &summary.arms {
-        let measures = [("loss", arm.loss), ("accuracy", arm.accuracy), ("words", arm.words), ("tokens", arm.tokens)];
+        let measures =
+            [("loss", arm.loss), ("accuracy", arm.accuracy), ("words", arm.words), ("tokens", arm.tokens)];
         for (measure, estimate) in measures {
             if let Some(estimate) = estimate {
                 let name = format!("{}.{measure}", arm.name);

@@ -59,7 +59,11 @@ impl StageKind for Exec {
     }
 
     fn inputs(&self) -> &'static [InputSlot] {
-        &[InputSlot { name: "needs", doc: "each need stands as a read-only folder under its own name", arity: Arity::Any }]
+        &[InputSlot {
+            name: "needs",
+            doc: "each need stands as a read-only folder under its own name",
+            arity: Arity::Any,
+        }]
     }
 
     fn outputs(&self) -> &'static [(&'static str, &'static str)] {
@@ -104,8 +108,10 @@ impl StageKind for Exec {
     }
 
     fn sources(&self, with: &Value) -> Vec<SourceSpec> {
-        let patterns: Vec<String> =
-            with.get("inputs").and_then(|value| serde_json::from_value(value.clone()).ok()).unwrap_or_default();
+        let patterns: Vec<String> = with
+            .get("inputs")
+            .and_then(|value| serde_json::from_value(value.clone()).ok())
+            .unwrap_or_default();
         if patterns.is_empty() {
             return Vec::new();
         }
@@ -230,11 +236,16 @@ fn collect(outputs: &[String], folder: &Path, out: &Path) -> Result<(), StageErr
         let written = folder.join(output);
         if fs_err::symlink_metadata(&written).is_err() {
             let mut there: Vec<String> = fs_err::read_dir(folder)?
-                .filter_map(|entry| entry.ok().map(|entry| format!("`{}`", entry.file_name().to_string_lossy())))
+                .filter_map(|entry| {
+                    entry.ok().map(|entry| format!("`{}`", entry.file_name().to_string_lossy()))
+                })
                 .collect();
             there.sort();
-            return Err(StageError::new("exec::missing_output", format!("the command did not write `{output}`"))
-                .hint(format!("its folder holds {}", there.join(", "))));
+            return Err(StageError::new(
+                "exec::missing_output",
+                format!("the command did not write `{output}`"),
+            )
+            .hint(format!("its folder holds {}", there.join(", "))));
         }
         let target: PathBuf = out.join(output);
         fs_err::create_dir_all(target.parent().unwrap_or(out))?;

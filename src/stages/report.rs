@@ -52,11 +52,17 @@ impl StageKind for Report {
         let shown: Vec<Shown<'_>> = context
             .inputs
             .iter()
-            .map(|(_, artifact)| Shown { stage: &artifact.stage, folder: &artifact.folder, metrics: &artifact.metrics })
+            .map(|(_, artifact)| Shown {
+                stage: &artifact.stage,
+                folder: &artifact.folder,
+                metrics: &artifact.metrics,
+            })
             .collect();
         let title = params.title.as_deref().unwrap_or(context.stage);
-        let page = report::page(title, &shown)
-            .map_err(|error| StageError::new("report::input", error.to_string()).hint("run the stage it names again with `--force`"))?;
+        let page = report::page(title, &shown).map_err(|error| {
+            StageError::new("report::input", error.to_string())
+                .hint("run the stage it names again with `--force`")
+        })?;
         fs_err::write(context.out.join("report.html"), page.into_string())?;
         Ok(())
     }

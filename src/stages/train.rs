@@ -9,9 +9,9 @@ mod params;
 use std::path::Path;
 
 use serde_json::json;
-use tunesmith_engine::backend::{self, BackendKind};
+use tunesmith_engine::backend::{self, BackendKind, Compute};
 use tunesmith_engine::generate::GenerateHooks;
-use tunesmith_engine::model::{Compute, Model};
+use tunesmith_engine::model::Model;
 use tunesmith_engine::tokenizer::{Message as Turn, Tokenizer};
 use tunesmith_engine::trainer::{
     self, EvalRecord, ProbeReport, StepRecord, TokenizedExample, TrainError, TrainHooks, TrainReport, Trained,
@@ -43,7 +43,11 @@ impl StageKind for Train {
 
     fn inputs(&self) -> &'static [InputSlot] {
         &[
-            InputSlot { name: "data", doc: "a split with `train.jsonl` and `validation.jsonl`", arity: Arity::One },
+            InputSlot {
+                name: "data",
+                doc: "a split with `train.jsonl` and `validation.jsonl`",
+                arity: Arity::One,
+            },
             InputSlot { name: "base", doc: "the base model", arity: Arity::One },
         ]
     }
@@ -52,7 +56,10 @@ impl StageKind for Train {
         &[
             ("adapter_model.safetensors", "the adapter's weights, as PEFT names them"),
             ("adapter_config.json", "the adapter's description, as PEFT reads it"),
-            ("training.json", "loss, learning rate and gradient norm of every step; every evaluation; the probes"),
+            (
+                "training.json",
+                "loss, learning rate and gradient norm of every step; every evaluation; the probes",
+            ),
         ]
     }
 
@@ -78,12 +85,16 @@ impl StageKind for Train {
         let tokens: usize = train.iter().map(|row| row.tokens.len()).sum();
         context.info(&format!("{} rows, {tokens} tokens, {supervised} of them supervised", train.len()));
         let model = open_model(&base.folder, context.threads)?;
-        tokenizer.check_fits(model.config()).map_err(|error| StageError::new("train::tokenizer", error.to_string()))?;
+        tokenizer
+            .check_fits(model.config())
+            .map_err(|error| StageError::new("train::tokenizer", error.to_string()))?;
         let options = params.options(context.checkpoints, base.digest.hex());
         let mut hooks = Hooks { context };
-        let trained = trainer::train(&model, &train, &validation, &options, &mut hooks).map_err(train_error)?;
-        let probes = trainer::probe(&model, &trained.adapter, &tokenizer, &train, &params.probes(), &mut hooks)
-            .map_err(probe_error)?;
+        let trained =
+            trainer::train(&model, &train, &validation, &options, &mut hooks).map_err(train_error)?;
+        let probes =
+            trainer::probe(&model, &trained.adapter, &tokenizer, &train, &params.probes(), &mut hooks)
+                .map_err(probe_error)?;
         for warning in &probes.warnings {
             context.warn(warning);
         }
@@ -101,24 +112,33 @@ pub(super) fn numerics() -> String {
 /// Opens the tokenizer of a base folder.
 pub(super) fn open_tokenizer(base: &Path) -> Result<Tokenizer, StageError> {
     Tokenizer::open(base).map_err(|error| {
-        StageError::new("engine::tokenizer", error.to_string()).hint("`base` must be a `model` stage with a chat model")
+        StageError::new("engine::tokenizer", error.to_string())
+            .hint("`base` must be a `model` stage with a chat model")
     })
 }
 
 /// Opens the model of a base folder on the CPU.
 pub(super) fn open_model(base: &Path, threads: usize) -> Result<Model, StageError> {
     let device = Compute { kind: BackendKind::Cpu, threads };
-    Model::open(base, &device)
-        .map_err(|error| StageError::new("engine::model", error.to_string()).hint("`base` must be a `model` stage"))
+    Model::open(base, &device).map_err(|error| {
+        StageError::new("engine::model", error.to_string()).hint("`base` must be a `model` stage")
+    })
 }
 
 /// The engine's form of a conversation.
 pub(super) fn turns(messages: &[Message]) -> Vec<Turn> {
-    messages.iter().map(|message| Turn { role: message.role.clone(), content: message.content.clone() }).collect()
+    messages
+        .iter()
+        .map(|message| Turn { role: message.role.clone(), content: message.content.clone() })
+        .collect()
 }
 
 /// Reads a table and tokenises it; every row that cannot be trained on is named.
-fn prepare(tokenizer: &Tokenizer, table: &Path, max_length: usize) -> Result<Vec<TokenizedExample>, StageError> {
+fn prepare(
+    tokenizer: &Tokenizer,
+    table: &Path,
+    max_length: usize,
+) -> Result<Vec<TokenizedExample>, StageError> {
     let examples: Vec<Example> = read_table(table)?;
     let rows: Vec<(String, Vec<Turn>)> =
         examples.iter().map(|example| (example.id.clone(), turns(&example.messages))).collect();
@@ -127,15 +147,19 @@ fn prepare(tokenizer: &Tokenizer, table: &Path, max_length: usize) -> Result<Vec
             .iter()
             .take(ROWS_NAMED_MAX)
             .map(|problem| {
-                let question = examples.iter().find(|example| example.id == problem.id).map_or("", Example::question);
+                let question =
+                    examples.iter().find(|example| example.id == problem.id).map_or("", Example::question);
                 format!("{problem} (question: `{question}`)")
             })
             .collect();
         let more = problems.len().saturating_sub(ROWS_NAMED_MAX);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
         let table = table.file_name().unwrap_or_default().to_string_lossy();
-        StageError::new("train::rows", format!("{} rows of {table} cannot be trained on: {}{more}", problems.len(), named.join("; ")))
-            .hint("raise `max_length` (and `pack_tokens`), or take these rows out")
+        StageError::new(
+            "train::rows",
+            format!("{} rows of {table} cannot be trained on: {}{more}", problems.len(), named.join("; ")),
+        )
+        .hint("raise `max_length` (and `pack_tokens`), or take these rows out")
     })
 }
 
@@ -146,7 +170,11 @@ struct Hooks<'a, 'b> {
 
 impl TrainHooks for Hooks<'_, '_> {
     fn step(&mut self, record: &StepRecord, total: usize) {
-        let detail = format!("loss {:.3}, {:.0} tokens/s", record.loss, record.tokens as f64 / record.seconds.max(1e-9));
+        let detail = format!(
+            "loss {:.3}, {:.0} tokens/s",
+            record.loss,
+            record.tokens as f64 / record.seconds.max(1e-9)
+        );
         self.context.services.progress(record.step as u64, total as u64, "steps", &detail);
     }
 

@@ -4,7 +4,9 @@
 use std::time::Instant;
 
 use tunesmith_engine::adapter::Adapter;
-use tunesmith_engine::generate::{GenerateError, GenerateHooks, GenerateOptions, Generation, StopReason, generate};
+use tunesmith_engine::generate::{
+    GenerateError, GenerateHooks, GenerateOptions, Generation, StopReason, generate,
+};
 use tunesmith_engine::model::{Model, Pack, SequenceLoss, Workspace};
 use tunesmith_engine::tokenizer::Tokenizer;
 use tunesmith_pipeline::stage::{StageContext, StageError};
@@ -29,7 +31,8 @@ pub(super) struct Arm {
 impl Arm {
     /// The conversation as this arm sees it: its own system message in place of any other.
     pub(super) fn conversation(&self, messages: &[Message]) -> Vec<Message> {
-        let system = self.system.iter().map(|text| Message { role: "system".to_owned(), content: text.clone() });
+        let system =
+            self.system.iter().map(|text| Message { role: "system".to_owned(), content: text.clone() });
         system.chain(messages.iter().filter(|message| message.role != "system").cloned()).collect()
     }
 }
@@ -60,8 +63,10 @@ impl<'a, 'b> Asker<'a, 'b> {
         let base = &context.input("base")?.folder;
         let tokenizer = open_tokenizer(base)?;
         let model = open_model(base, context.threads)?;
-        let adapter = Adapter::load_peft(&context.input("adapter")?.folder, &model)
-            .map_err(|error| StageError::new("eval::adapter", error.to_string()).hint("`adapter` must be trained on this `base`"))?;
+        let adapter = Adapter::load_peft(&context.input("adapter")?.folder, &model).map_err(|error| {
+            StageError::new("eval::adapter", error.to_string())
+                .hint("`adapter` must be trained on this `base`")
+        })?;
         Ok(Self { context, tokenizer, model, adapter, batch: params.batch, supervised_tokens: Vec::new() })
     }
 
@@ -75,7 +80,11 @@ impl<'a, 'b> Asker<'a, 'b> {
     }
 
     /// Summed loss of each conversation's assistant tokens.
-    pub(super) fn losses(&mut self, arm: &Arm, conversations: &[Vec<Message>]) -> Result<Vec<SequenceLoss>, StageError> {
+    pub(super) fn losses(
+        &mut self,
+        arm: &Arm,
+        conversations: &[Vec<Message>],
+    ) -> Result<Vec<SequenceLoss>, StageError> {
         let rows = conversations
             .iter()
             .map(|messages| {
@@ -95,8 +104,10 @@ impl<'a, 'b> Asker<'a, 'b> {
                 tokens += rows[end].tokens.len();
                 end += 1;
             }
-            let sequences: Vec<(&[u32], &[bool])> =
-                rows[start..end].iter().map(|row| (row.tokens.as_slice(), row.supervised.as_slice())).collect();
+            let sequences: Vec<(&[u32], &[bool])> = rows[start..end]
+                .iter()
+                .map(|row| (row.tokens.as_slice(), row.supervised.as_slice()))
+                .collect();
             let pack = Pack::new(&sequences);
             losses.extend(
                 self.model
@@ -111,7 +122,12 @@ impl<'a, 'b> Asker<'a, 'b> {
     }
 
     /// Greedy answers to conversations whose last turn is the user's; an assistant turn at the end is left off.
-    pub(super) fn answers(&self, arm: &Arm, conversations: &[Vec<Message>], max_tokens: usize) -> Result<Vec<Asked>, StageError> {
+    pub(super) fn answers(
+        &self,
+        arm: &Arm,
+        conversations: &[Vec<Message>],
+        max_tokens: usize,
+    ) -> Result<Vec<Asked>, StageError> {
         let prompts = conversations
             .iter()
             .map(|messages| {
@@ -141,7 +157,12 @@ impl<'a, 'b> Asker<'a, 'b> {
     }
 
     /// Median seconds of an answer when questions come one at a time; none without samples.
-    pub(super) fn latency(&self, arm: &Arm, conversations: &[Vec<Message>], params: &Params) -> Result<Option<f64>, StageError> {
+    pub(super) fn latency(
+        &self,
+        arm: &Arm,
+        conversations: &[Vec<Message>],
+        params: &Params,
+    ) -> Result<Option<f64>, StageError> {
         let mut seconds = Vec::new();
         for conversation in conversations.iter().take(params.latency_samples) {
             let started = Instant::now();

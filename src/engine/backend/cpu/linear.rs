@@ -103,7 +103,10 @@ pub(super) fn lora_backward(
 ) {
     let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
     let tokens = x.len() / k;
-    assert!(h.len() == tokens * r && dh.len() == h.len() && dy.len() == tokens * n, "BUG: shape of a LoRA pair");
+    assert!(
+        h.len() == tokens * r && dh.len() == h.len() && dy.len() == tokens * n,
+        "BUG: shape of a LoRA pair"
+    );
     let dx = dx.map(Shared::new);
     cpu.run_over(dh, LORA_TOKENS * r, |start, dh| {
         let (first, rows) = (start / r, dh.len() / r);
