@@ -389,7 +389,7 @@ mod tests {
         let refused = |file: &GgufWriter, part: &str| {
             let out = folder.path().join("base");
             let result = build_base(&source(folder.path(), file), &out, Quantize::Nf4, &mut |_, _| {});
-            let error = result.err().expect("must be refused").to_string();
+            let error = result.expect_err("must be refused").to_string();
             assert!(error.contains(part), "{error}");
         };
         refused(

@@ -135,6 +135,7 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// As Hugging Face defines it: `json.dumps(value, ensure_ascii=False, indent=indent)`, nothing escaped for HTML.
+#[allow(clippy::needless_pass_by_value, reason = "minijinja hands filters their keyword arguments by value")]
 fn to_json(value: &Value, arguments: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = arguments.get("indent")?;
     // Accepted and without effect here: text is never escaped to ASCII, and keys keep their order.
