@@ -5,8 +5,8 @@ use tunesmith_engine::tokenizer::{Specials, Tokenizer};
 /// What counts tokens.
 pub(crate) enum TokenCounter {
     /// A rule that needs no model: a run of letters or digits is one token for every six characters begun; every
-    /// other character but a space, and every Chinese, Japanese or Korean one, is a token of its own. On English
-    /// prose this is close to what the usual vocabularies of 32,000 to 128,000 tokens give.
+    /// other character but a space, and every Chinese, Japanese or Korean one, is a token of its own. A
+    /// guess, good enough for a budget; only a model's own tokenizer is exact.
     Approximate,
     /// The tokenizer of the model that will be trained. A text it refuses is counted by the approximate rule.
     Model(Box<Tokenizer>),
