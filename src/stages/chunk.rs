@@ -5,7 +5,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tunesmith_pipeline::stage::{Arity, InputSlot, ParamProblem, StageContext, StageError, StageKind};
+use tunesmith_engine::tokenizer::Tokenizer;
+use tunesmith_pipeline::stage::{
+    Arity, Artifact, InputSlot, ParamProblem, StageContext, StageError, StageKind,
+};
 
 use crate::corpus::chunk::tokens::TokenCounter;
 use crate::corpus::chunk::{Budget, cut};
@@ -92,7 +95,9 @@ impl StageKind for Chunk {
     fn run(&self, context: &StageContext<'_>) -> Result<(), StageError> {
         let params: Params = context.params()?;
         let documents: Vec<Document> = read_table(&context.input("documents")?.file("documents.jsonl")?)?;
-        let counter = TokenCounter::Approximate;
+        let base = context.optional_input("base");
+        let counter = counter_of(base)?;
+        let counted_by = base.map_or([0; 32], |base| *base.digest.as_bytes());
         let with = serde_json::to_vec(&params).expect("three numbers are JSON");
         let mut chunks = Vec::new();
         for (index, document) in documents.iter().enumerate() {
@@ -101,13 +106,28 @@ impl StageKind for Chunk {
             let section = section_of(document);
             let row = serde_json::to_vec(&(&document.id, &document.source, section, &document.text))
                 .expect("strings and numbers are JSON");
-            chunks.extend(context.memo(&[&row, &with], || Ok(chunks_of(document, &params, &counter)))?);
+            chunks.extend(
+                context.memo(&[&row, &with, &counted_by], || Ok(chunks_of(document, &params, &counter)))?,
+            );
         }
         context.progress(documents.len() as u64, documents.len() as u64, "documents");
         report(context, &chunks);
         write_table(&context.out.join("chunks.jsonl"), &chunks)?;
         Ok(())
     }
+}
+
+/// Counts with the tokenizer of `base`, or by the approximate rule without one.
+fn counter_of(base: Option<&Artifact>) -> Result<TokenCounter, StageError> {
+    let Some(base) = base else { return Ok(TokenCounter::Approximate) };
+    let tokenizer = Tokenizer::open(&base.folder).map_err(|error| {
+        StageError::new(
+            "chunk::tokenizer",
+            format!("input `{}` has no usable tokenizer: {error}", base.stage),
+        )
+        .hint("let `base` name a stage of kind `model`, or leave it out to count by rule")
+    })?;
+    Ok(TokenCounter::Model(Box::new(tokenizer)))
 }
 
 /// The heading a PDF page goes on under, from a page before it.
@@ -186,6 +206,28 @@ mod tests {
         let rows = bench.run(&Chunk, json!({})).unwrap().rows;
         assert_eq!((rows.new, rows.remembered), (1, 1));
         assert_eq!(bench.run(&Chunk, json!({ "max_tokens": 99 })).unwrap().rows.new, 2);
+    }
+
+    #[test]
+    fn the_tokenizer_of_base_counts() {
+        // Every word is one token, so a long word counts one and not four.
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
+        });
+        let mut bench = Bench::new();
+        bench.table(
+            "documents",
+            "documents.jsonl",
+            &[document("a.md", "Responsibilities everywhere nevertheless.")],
+        );
+        assert_eq!(bench.run(&Chunk, json!({})).unwrap().count("tokens"), 8);
+        bench.input("base", &[("tokenizer.json", tokenizer.to_string().as_bytes())]);
+        let outcome = bench.run(&Chunk, json!({})).unwrap();
+        assert_eq!((outcome.count("tokens"), outcome.rows.new), (4, 1));
+        bench.input("base", &[("model.safetensors", b"")]);
+        assert!(bench.run(&Chunk, json!({})).err().unwrap().message.contains("`base`"));
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! How long a text is in tokens.
 
+use tunesmith_engine::tokenizer::{Specials, Tokenizer};
+
 /// What counts tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TokenCounter {
     /// A rule that needs no model: a run of letters or digits is one token for every six characters begun; every
-    /// other character but a space, and every Chinese, Japanese or Korean one, is a token of its own. On English
-    /// prose this is within a tenth of what the usual vocabularies of 32,000 to 128,000 tokens give.
+    /// other character but a space, and every Chinese, Japanese or Korean one, is a token of its own. A
+    /// guess, good enough for a budget; only a model's own tokenizer is exact.
     Approximate,
+    /// The tokenizer of the model that will be trained. A text it refuses is counted by the approximate rule.
+    Model(Box<Tokenizer>),
 }
 
 /// Characters of a word in one token of the approximate rule.
@@ -17,6 +20,9 @@ impl TokenCounter {
     pub(crate) fn count(&self, text: &str) -> usize {
         match self {
             Self::Approximate => approximate(text),
+            Self::Model(tokenizer) => {
+                tokenizer.encode(text, Specials::AsText).map_or_else(|_| approximate(text), |ids| ids.len())
+            }
         }
     }
 }
