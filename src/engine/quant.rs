@@ -123,17 +123,18 @@ pub fn encode_blocks(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
         if let Ok(whole) = <&[f32; BLOCK]>::try_from(block) {
             // bitsandbytes clamps the reciprocal, so that a zero or denormal scale gives the code of zero.
             let reciprocal = (1.0 / scale).min(1e38);
-            for (code, value) in codes.iter_mut().zip(whole) {
-                *code = nearest(value * reciprocal);
-            }
+            nearest_of_block(whole, reciprocal, &mut codes);
         } else if scale > 0.0 {
             // The last, ragged block is divided instead; the two differ in the last bit.
             for (code, value) in codes.iter_mut().zip(block) {
                 *code = nearest(value / scale);
             }
         }
-        let used = &codes[..block.len().next_multiple_of(2)];
-        packed.extend(used.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]));
+        let mut bytes = [0; BLOCK / 2];
+        for i in 0..BLOCK / 2 {
+            bytes[i] = codes[2 * i] << 4 | codes[2 * i + 1];
+        }
+        packed.extend_from_slice(&bytes[..block.len().div_ceil(2)]);
         absmax.push(scale);
     }
     (packed, absmax)
@@ -148,12 +149,29 @@ fn nearest(scaled: f32) -> u8 {
     BOUNDARIES.iter().map(|&boundary| u8::from(boundary < scaled)).sum()
 }
 
-/// out (64) = code[nibble] * scale.
+/// codes (64) = nearest(values * reciprocal), boundary by boundary, so that it vectorises.
+fn nearest_of_block(values: &[f32; BLOCK], reciprocal: f32, codes: &mut [u8; BLOCK]) {
+    let mut scaled = [0.0; BLOCK];
+    let mut counts = [0u32; BLOCK];
+    for i in 0..BLOCK {
+        scaled[i] = values[i] * reciprocal;
+    }
+    for boundary in BOUNDARIES {
+        for i in 0..BLOCK {
+            counts[i] += u32::from(boundary < scaled[i]);
+        }
+    }
+    for i in 0..BLOCK {
+        codes[i] = counts[i] as u8;
+    }
+}
+
+/// out (64) = code[nibble] * scale. Fixed sizes and plain indices: bounds are known, so the loop unrolls.
 fn decode_block(codes: &[u8; BLOCK / 2], scale: f32, out: &mut [f32; BLOCK]) {
-    for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
-        let [high, low] = PAIRS[usize::from(byte)];
-        pair[0] = high * scale;
-        pair[1] = low * scale;
+    for i in 0..BLOCK / 2 {
+        let [high, low] = PAIRS[usize::from(codes[i])];
+        out[2 * i] = high * scale;
+        out[2 * i + 1] = low * scale;
     }
 }
 

@@ -453,3 +453,6 @@ impl<'file> Reader<'file> {
         Ok(TensorInfo { name, shape, code, offset })
     }
 }
+
+#[cfg(test)]
+mod tests;

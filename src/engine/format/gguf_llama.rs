@@ -147,9 +147,8 @@ fn rope(file: &Gguf, head_dim: usize) -> Result<Rope, GgufError> {
     let kind = file.text("llama.rope.scaling.type")?;
     let scaling = match (kind, linear) {
         _ if file.shape(ROPE_FACTORS).is_some() => llama3_scaling(file, theta, head_dim)?,
-        (None | Some("none"), None) => RopeScaling::None,
-        (Some("none"), Some(_)) => RopeScaling::None,
-        (None | Some("linear"), Some(factor)) if factor == 1.0 => RopeScaling::None,
+        (Some("none"), _) | (None, None) => RopeScaling::None,
+        (None | Some("linear"), Some(1.0)) => RopeScaling::None,
         (None | Some("linear"), Some(factor)) => RopeScaling::Linear { factor: factor as f32 },
         (Some(other), _) => {
             return Err(GgufError::Unsupported {

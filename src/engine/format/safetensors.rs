@@ -300,3 +300,108 @@ fn parse_tensor(
     let shape = info.shape.iter().map(|&size| size as usize).collect();
     Ok((tensor, info.dtype, shape, data_start + start as usize..data_start + end as usize))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    #[track_caller]
+    fn refused(header: &str, data: usize, expected: &str) {
+        let error = parse(&file(header, data)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    const TWO_FLOATS: &str = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+
+    #[test]
+    fn hostile_headers_are_refused_with_the_culprit() {
+        assert_eq!(parse(&file(TWO_FLOATS, 8)).unwrap().len(), 1);
+        refused(TWO_FLOATS, 7, "tensor `a` lies at bytes");
+        refused(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8, "does not fit its 8 bytes");
+        refused(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8, "tensor `a` lies");
+        refused(
+            r#"{"a":{"dtype":"F32","shape":[4611686018427387904,2],"data_offsets":[0,8]}}"#,
+            8,
+            "does not fit",
+        );
+        refused(
+            r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[18446744073709551614,18446744073709551615]}}"#,
+            8,
+            "tensor `a` lies",
+        );
+        refused(r#"{"a":{"dtype":"F8","shape":[8],"data_offsets":[0,8]}}"#, 8, "tensor `a` has dtype F8");
+        refused(r#"{"a":{"dtype":"F32"}}"#, 8, "tensor `a`: missing field");
+        refused("[", 8, "header is not JSON");
+        assert_eq!(parse(&[1, 2, 3]), Err(SafetensorsError::Truncated { needed: 8, len: 3 }));
+        let mut huge = file(TWO_FLOATS, 8);
+        huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(parse(&huge).unwrap_err().to_string().contains("more than the format allows"));
+    }
+
+    #[test]
+    fn a_file_cut_short_anywhere_is_an_error() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/llama/model.safetensors");
+        let whole = std::fs::read(path).unwrap();
+        assert!(parse(&whole).is_ok());
+        for eighth in 0..8 {
+            let error = parse(&whole[..whole.len() * eighth / 8]).unwrap_err().to_string();
+            assert!(error.contains("cut short"), "{eighth}/8: {error}");
+        }
+    }
+
+    #[test]
+    fn shards_are_joined_and_their_names_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("x-1.safetensors"), file(TWO_FLOATS, 8)).unwrap();
+        std::fs::write(at("x-2.safetensors"), file(&TWO_FLOATS.replace("\"a\"", "\"b\""), 8)).unwrap();
+        let index = |map: &str| {
+            std::fs::write(at("model.safetensors.index.json"), format!("{{\"weight_map\":{map}}}")).unwrap();
+            TensorFiles::open_folder(folder.path())
+        };
+        let files = index(r#"{"a":"x-1.safetensors","b":"x-2.safetensors"}"#).unwrap();
+        assert_eq!(files.names(), ["a", "b"]);
+        let error = |map: &str| index(map).err().unwrap().to_string();
+        assert!(error(r#"{"a":"../x-1.safetensors"}"#).contains("no plain file name"));
+        assert!(error(r#"{"c":"x-1.safetensors"}"#).contains("names tensor `c`"));
+        assert!(error(r#"{"a":"x-3.safetensors"}"#).contains("x-3.safetensors"));
+        std::fs::write(at("x-2.safetensors"), file(TWO_FLOATS, 8)).unwrap();
+        assert!(error(r#"{"a":"x-1.safetensors","b":"x-2.safetensors"}"#).contains("is also in"));
+    }
+
+    #[test]
+    fn broken_4bit_parts_are_named() {
+        let path =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/linear4bit_state_dict.safetensors");
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let broken = |change: &dyn Fn(&mut BTreeMap<String, Entry>)| {
+            let mut files = TensorFiles::open_file(Path::new(path)).unwrap();
+            change(&mut files.tensors);
+            files.tensor(name).err().expect("must be refused").to_string()
+        };
+        let remove = |suffix: &'static str| {
+            broken(&move |tensors| {
+                tensors.remove(&format!("{name}{suffix}"));
+            })
+        };
+        assert!(remove(".absmax").contains("absmax` is missing"));
+        assert!(remove(".nested_absmax").contains("nested_absmax` is missing"));
+        let swapped = broken(&|tensors| {
+            let part = tensors.remove(&format!("{name}.nested_quant_map")).unwrap();
+            tensors.insert(format!("{name}.quant_map"), part);
+        });
+        assert!(swapped.contains("not the NF4 code"), "{swapped}");
+        let short = broken(&|tensors| {
+            let range = &mut tensors.get_mut(name).unwrap().range;
+            range.end -= 1;
+        });
+        assert!(short.contains("do not fit the shape [128, 192]"), "{short}");
+    }
+}

@@ -128,27 +128,27 @@ impl ModelConfig {
         ];
         for (field, size) in sizes {
             if size == 0 || size as u64 > DIMENSION_MAX {
-                return Err(invalid(field, size, "a positive whole number below 16777217"));
+                return Err(invalid(field, &size, "a positive whole number below 16777217"));
             }
         }
         if self.num_hidden_layers == 0 || self.num_hidden_layers as u64 > LAYERS_MAX {
-            return Err(invalid("num_hidden_layers", self.num_hidden_layers, "1 to 4096"));
+            return Err(invalid("num_hidden_layers", &self.num_hidden_layers, "1 to 4096"));
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(invalid(
                 "num_key_value_heads",
-                self.num_key_value_heads,
+                &self.num_key_value_heads,
                 "a divisor of num_attention_heads",
             ));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return Err(invalid("head_dim", self.head_dim, "an even number"));
+            return Err(invalid("head_dim", &self.head_dim, "an even number"));
         }
         if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
-            return Err(invalid("rms_norm_eps", self.rms_norm_eps, "a number from 0 to 1"));
+            return Err(invalid("rms_norm_eps", &self.rms_norm_eps, "a number from 0 to 1"));
         }
         if !(self.rope.theta > 0.0 && self.rope.theta.is_finite()) {
-            return Err(invalid("rope_theta", self.rope.theta, "a positive number"));
+            return Err(invalid("rope_theta", &self.rope.theta, "a positive number"));
         }
         Ok(())
     }
@@ -289,7 +289,7 @@ impl<'json> Fields<'json> {
         if value > 0.0 && value.is_finite() {
             return Ok(value);
         }
-        Err(invalid(field, value, "a positive number"))
+        Err(invalid(field, &value, "a positive number"))
     }
 
     fn dimension(&self, field: &str) -> Result<usize, ConfigError> {
@@ -305,7 +305,7 @@ impl<'json> Fields<'json> {
         match self.typed(field, expected, Value::as_u64)? {
             None => Ok(None),
             Some(value) if (1..=DIMENSION_MAX).contains(&value) => Ok(Some(value as usize)),
-            Some(value) => Err(invalid(field, value, expected)),
+            Some(value) => Err(invalid(field, &value, expected)),
         }
     }
 
@@ -317,7 +317,7 @@ impl<'json> Fields<'json> {
             value
                 .as_u64()
                 .and_then(|id| u32::try_from(id).ok())
-                .ok_or_else(|| invalid(field, value, expected))
+                .ok_or_else(|| invalid(field, &value, expected))
         };
         match self.get(field) {
             None => Ok(Vec::new()),
@@ -335,12 +335,12 @@ impl<'json> Fields<'json> {
     ) -> Result<Option<T>, ConfigError> {
         match self.get(field) {
             None => Ok(None),
-            Some(value) => read(value).map(Some).ok_or_else(|| invalid(field, value, expected)),
+            Some(value) => read(value).map(Some).ok_or_else(|| invalid(field, &value, expected)),
         }
     }
 }
 
-fn invalid(field: &str, got: impl ToString, expected: &'static str) -> ConfigError {
+fn invalid(field: &str, got: &impl ToString, expected: &'static str) -> ConfigError {
     ConfigError::Invalid { field: field.to_owned(), got: got.to_string(), expected }
 }
 
