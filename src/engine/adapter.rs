@@ -63,7 +63,9 @@ pub enum AdapterError {
     #[error("`{path}` is not a valid safetensors file")]
     Tensors { path: PathBuf, source: safetensors::SafeTensorError },
     /// A tensor of the file belongs to no linear layer of this model.
-    #[error("`{path}` holds `{tensor}`, which fits no linear layer of this model; was it trained on another?")]
+    #[error(
+        "`{path}` holds `{tensor}`, which fits no linear layer of this model; was it trained on another?"
+    )]
     UnknownTensor { path: PathBuf, tensor: String },
     /// A module lacks one of its tensors, or a targeted module has none.
     #[error("`{path}` lacks `{tensor}`, so the adapter would apply only in part")]
@@ -174,9 +176,9 @@ impl Adapter {
 
     /// Every trained tensor with its name in PEFT's file, in the stable order.
     pub fn parameters(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules
-            .iter()
-            .flat_map(|module| [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)])
+        self.modules.iter().flat_map(|module| {
+            [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)]
+        })
     }
 
     /// As [`Adapter::parameters`], to be changed.
@@ -223,7 +225,8 @@ impl Gradients {
 
     /// The Euclidean norm over all tensors, summed in f64 in the stable order.
     pub fn norm(&self) -> f64 {
-        let squares = |(_, values): (String, &[f32])| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+        let squares =
+            |(_, values): (String, &[f32])| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
         self.tensors().map(squares).sum::<f64>().sqrt()
     }
 
@@ -241,9 +244,9 @@ impl Gradients {
 
     /// Every tensor with its name, in the order of [`Adapter::parameters`].
     pub fn tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules
-            .iter()
-            .flat_map(|module| [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)])
+        self.modules.iter().flat_map(|module| {
+            [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)]
+        })
     }
 
     /// As [`Gradients::tensors`], to be changed.

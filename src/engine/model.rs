@@ -48,7 +48,9 @@ pub enum ModelError {
     #[error("`{tensor}` has shape {got:?}, expected {expected:?} from the model's description")]
     Shape { tensor: String, got: Vec<usize>, expected: Vec<usize> },
     /// A token that the model has no embedding for.
-    #[error("token {token} is beyond the vocabulary of {vocabulary}; do tokenizer and model belong together?")]
+    #[error(
+        "token {token} is beyond the vocabulary of {vocabulary}; do tokenizer and model belong together?"
+    )]
     Token { token: u32, vocabulary: usize },
     /// A row that the pack does not have.
     #[error("row {row} is beyond the pack's {tokens} tokens")]
@@ -143,7 +145,10 @@ impl Model {
     /// Full name, out features and in features of each linear layer an adapter can sit on, in the order of
     /// the forward pass.
     pub fn linear_names(&self) -> Vec<(String, usize, usize)> {
-        self.decoder.linears().map(|linear| (linear.name.clone(), linear.weight.rows, linear.weight.cols)).collect()
+        self.decoder
+            .linears()
+            .map(|linear| (linear.name.clone(), linear.weight.rows, linear.weight.cols))
+            .collect()
     }
 
     /// Forward and backward over one pack: adds to `gradients` the gradient of `scale` * sum of the negative
@@ -287,7 +292,12 @@ impl Model {
         })
     }
 
-    fn pass<'a>(&'a self, adapter: Option<&'a Adapter>, positions: &'a [usize], spans: &'a [Span]) -> Pass<'a> {
+    fn pass<'a>(
+        &'a self,
+        adapter: Option<&'a Adapter>,
+        positions: &'a [usize],
+        spans: &'a [Span],
+    ) -> Pass<'a> {
         Pass { backend: &*self.backend, adapter, positions, spans }
     }
 

@@ -33,7 +33,10 @@ impl Adapter {
             .expect("a map with string keys is always JSON");
         fs_err::write(folder.join(CONFIG), config + "\n")?;
         let path = folder.join(TENSORS);
-        fs_err::write(&path, self.peft_tensors().map_err(|source| AdapterError::Tensors { path: path.clone(), source })?)?;
+        fs_err::write(
+            &path,
+            self.peft_tensors().map_err(|source| AdapterError::Tensors { path: path.clone(), source })?,
+        )?;
         Ok(())
     }
 
@@ -84,7 +87,8 @@ impl Adapter {
     }
 
     fn peft_tensors(&self) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-        let bytes_of = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let bytes_of =
+            |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
         let tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = self
             .modules
             .iter()

@@ -124,6 +124,9 @@ mod tests {
             assert!(error.contains("available: q_proj, o_proj, up_proj"), "{error}");
         }
         assert!(matches!(Targets::Names(vec![]).choose(&linears()), Err(AdapterError::NoTarget)));
-        assert!(matches!(Targets::Regex("(".into()).choose(&linears()), Err(AdapterError::Expression { .. })));
+        assert!(matches!(
+            Targets::Regex("(".into()).choose(&linears()),
+            Err(AdapterError::Expression { .. })
+        ));
     }
 }

@@ -2,8 +2,8 @@
 //! encodings, and against itself under other thread counts, bit for bit.
 
 use super::{
-    AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, Lora, LoraGradient, Reference, RopeTable,
-    Rotation, Span, Write,
+    AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, Lora, LoraGradient, Reference,
+    RopeTable, Rotation, Span, Write,
 };
 use crate::matrix::{Bytes, Matrix, Values};
 use crate::quant::Nf4;
@@ -33,8 +33,13 @@ fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec
         }
     }
     for threads in [2, 3] {
-        let bits = |outputs: &[Vec<f32>]| -> Vec<u32> { outputs.concat().into_iter().map(f32::to_bits).collect() };
-        assert_eq!(bits(&operation(&Cpu::new(threads))), bits(&one), "{what}: {threads} threads give other bits");
+        let bits =
+            |outputs: &[Vec<f32>]| -> Vec<u32> { outputs.concat().into_iter().map(f32::to_bits).collect() };
+        assert_eq!(
+            bits(&operation(&Cpu::new(threads))),
+            bits(&one),
+            "{what}: {threads} threads give other bits"
+        );
     }
 }
 
@@ -52,7 +57,8 @@ fn encodings(rows: usize, cols: usize) -> [(&'static str, Matrix); 4] {
 
 #[test]
 fn linear_and_its_backward() {
-    for (tokens, n, k) in [(1, 1, 1), (1, 97, 70), (3, 100, 33), (70, 5, 576), (257, 193, 96), (9, 130, 1100)] {
+    for (tokens, n, k) in [(1, 1, 1), (1, 97, 70), (3, 100, 33), (70, 5, 576), (257, 193, 96), (9, 130, 1100)]
+    {
         for (encoding, weight) in encodings(n, k) {
             for write in [Write::Overwrite, Write::Add] {
                 check(&format!("linear {tokens}x{n}x{k} {encoding}"), 1e-5, |backend| {

@@ -62,7 +62,8 @@ impl Builder<'_> {
     fn layer(&self, layer: usize) -> Result<Layer, ModelError> {
         let config = self.config;
         let (c, i) = (config.hidden_size, config.intermediate_size);
-        let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let (heads, kv_heads, head_dim) =
+            (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (attention_bias, mlp_bias) = (config.attention_bias, config.mlp_bias);
         let prefix = format!("model.layers.{layer}");
         let linear = |place: usize, part: &str, out: usize, input: usize, bias: bool| {

@@ -89,11 +89,8 @@ mod tests {
 
     #[test]
     fn target_is_the_next_supervised_token_of_the_same_sequence() {
-        let pack = Pack::new(&[
-            (&[5, 6, 7], &[false, true, true]),
-            (&[], &[]),
-            (&[8, 9, 10], &[true, false, true]),
-        ]);
+        let pack =
+            Pack::new(&[(&[5, 6, 7], &[false, true, true]), (&[], &[]), (&[8, 9, 10], &[true, false, true])]);
         assert_eq!(pack.tokens, [5, 6, 7, 8, 9, 10]);
         assert_eq!(pack.starts, [0, 3, 3, 6]);
         assert_eq!(pack.targets, [Some(6), Some(7), None, None, Some(10), None]);

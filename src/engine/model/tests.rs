@@ -55,7 +55,8 @@ enum Stored {
 
 /// A model of the given shape with random weights, the head and norms aside in `stored`.
 fn random_model(config: &ModelConfig, stored: Stored, device: &Compute) -> Model {
-    let seed_of = |name: &str| name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
+    let seed_of =
+        |name: &str| name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     let width = config.num_attention_heads * config.head_dim;
     let kv_width = config.num_key_value_heads * config.head_dim;
     let (c, i) = (config.hidden_size, config.intermediate_size);
@@ -130,5 +131,8 @@ fn busy_adapter(model: &Model, rank: usize) -> Adapter {
 
 fn worst(got: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(got.len(), expected.len());
-    got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
+    got.iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
 }

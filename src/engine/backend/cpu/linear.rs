@@ -8,7 +8,7 @@ use crate::matrix::Matrix;
 /// Outputs of a task: a multiple of every register tile `gemm` uses, and a divisor of common widths.
 const TILE: usize = 96;
 /// Tokens of a task: one decoded block serves this many.
-const TOKENS: usize = 256;
+const TOKENS: usize = 512;
 /// Weights' depth decoded at a time.
 const DEPTH: usize = 512;
 /// Tokens of a LoRA task.
@@ -103,7 +103,10 @@ pub(super) fn lora_backward(
 ) {
     let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
     let tokens = x.len() / k;
-    assert!(h.len() == tokens * r && dh.len() == h.len() && dy.len() == tokens * n, "BUG: shape of a LoRA pair");
+    assert!(
+        h.len() == tokens * r && dh.len() == h.len() && dy.len() == tokens * n,
+        "BUG: shape of a LoRA pair"
+    );
     let dx = dx.map(Shared::new);
     cpu.run_over(dh, LORA_TOKENS * r, |start, dh| {
         let (first, rows) = (start / r, dh.len() / r);

@@ -59,7 +59,9 @@ impl Mlp {
         self.down.backward(pass, gradients, Some((&mut *dwide, Write::Overwrite)), dh, (dy, wide, hdown));
         pass.backend.swiglu_backward(gate, up, dwide);
         let dx = sized(dnormed, normed.len());
-        for (linear, dy, h, write) in [(&self.gate, gate, hgate, Write::Overwrite), (&self.up, up, hup, Write::Add)] {
+        for (linear, dy, h, write) in
+            [(&self.gate, gate, hgate, Write::Overwrite), (&self.up, up, hup, Write::Add)]
+        {
             let dx = needs_dx.then_some((&mut *dx, write));
             linear.backward(pass, gradients, dx, dh, (dy, normed, h));
         }

@@ -22,7 +22,12 @@ fn scaled(frequency: f32, scaling: &RopeScaling) -> f32 {
     match *scaling {
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
             let original = original_max_position_embeddings as f32;
             let wavelength = 2.0 * PI / frequency;
             if wavelength > original / low_freq_factor {

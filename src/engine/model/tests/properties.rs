@@ -60,7 +60,10 @@ fn gradient_is_the_slope_of_the_loss() {
             });
             let expected: f64 = dots.sum();
             let allowed = 2e-3 * gradients.norm();
-            assert!((slope - expected).abs() < allowed, "slope {slope}, gradient {expected}, allowed {allowed}");
+            assert!(
+                (slope - expected).abs() < allowed,
+                "slope {slope}, gradient {expected}, allowed {allowed}"
+            );
         }
     }
 }
@@ -141,7 +144,13 @@ fn partial_adapter_has_the_gradients_it_has_in_the_whole() {
     let pack = packed(&sequences());
     let model = random_model(&odd_config(), Stored::F32, &CPU);
     for targets in [r".*layers\.1\.mlp\.down_proj", r".*layers\.[12]\.self_attn\.[qo]_proj"] {
-        let config = LoraConfig { rank: 3, alpha: 8.0, targets: Targets::Regex(targets.into()), rslora: false, seed: 3 };
+        let config = LoraConfig {
+            rank: 3,
+            alpha: 8.0,
+            targets: Targets::Regex(targets.into()),
+            rslora: false,
+            seed: 3,
+        };
         let mut part = Adapter::new(&model, &config).unwrap();
         for (index, (_, values)) in part.parameters_mut().enumerate() {
             values.copy_from_slice(&noise(index as u64 + 50, values.len()));

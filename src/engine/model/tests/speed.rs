@@ -41,7 +41,10 @@ fn training_step() {
         let seconds = start.elapsed().as_secs_f64();
         let busy = cpu_seconds() - busy;
         let (rate, core_rate) = (512.0 / seconds, 512.0 / busy);
-        println!("step {step}: {rate:.0} tokens/s, {core_rate:.0} a core-second, loss {:.4}", loss.nll / 508.0);
+        println!(
+            "step {step}: {rate:.0} tokens/s, {core_rate:.0} a core-second, loss {:.4}",
+            loss.nll / 508.0
+        );
     }
     println!("peak memory {}", peak_memory());
 }
