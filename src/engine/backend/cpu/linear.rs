@@ -118,7 +118,8 @@ pub(super) fn lora_backward(
             product(&mut dx, r, 1.0, Write::Add, Operand::rows(dh, r), Operand::rows(lora.a, k));
         }
     });
-    let (da, db) = (Shared::new(gradient.da), Shared::new(gradient.db));
+    let LoraGradient { da, db } = gradient;
+    let (da, db) = (Shared::new(da), Shared::new(db));
     let tiles_b = n.div_ceil(LORA_TILE);
     cpu.run(tiles_b + k.div_ceil(LORA_TILE), |task| {
         if task < tiles_b {
