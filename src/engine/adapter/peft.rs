@@ -268,3 +268,97 @@ fn is_unset(value: &Value) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::LoraConfig;
+
+    fn linears() -> Vec<LinearName> {
+        let parts = [("self_attn.q_proj", 12, 8), ("self_attn.v_proj", 4, 8), ("mlp.down_proj", 8, 20)];
+        let layers = (0..2).flat_map(|layer| parts.map(|part| (layer, part)));
+        layers
+            .map(|(layer, (name, out, input))| (format!("model.layers.{layer}.{name}"), out, input))
+            .collect()
+    }
+
+    fn adapter(targets: Targets) -> Adapter {
+        let config = LoraConfig { rank: 3, alpha: 6.0, targets, rslora: true, seed: 1 };
+        let mut adapter = Adapter::for_linears(linears(), &config).unwrap();
+        adapter.modules.iter_mut().for_each(|module| module.b.fill(0.25));
+        adapter
+    }
+
+    fn files(folder: &Path) -> (Vec<u8>, Vec<u8>) {
+        (fs_err::read(folder.join(CONFIG)).unwrap(), fs_err::read(folder.join(TENSORS)).unwrap())
+    }
+
+    #[test]
+    fn saved_adapter_reads_back_equal_and_saves_the_same_bytes() {
+        let targets = [
+            Targets::AllLinear,
+            Targets::Names(vec!["q_proj".into()]),
+            Targets::Regex(r"model\.layers\.1\..*".into()),
+        ];
+        for targets in targets {
+            let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let adapter = adapter(targets);
+            adapter.save_peft(first.path(), "base").unwrap();
+            let read = Adapter::load_peft_for(first.path(), linears()).unwrap();
+            assert_eq!(read, adapter);
+            read.save_peft(second.path(), "base").unwrap();
+            assert_eq!(files(first.path()), files(second.path()));
+        }
+    }
+
+    #[test]
+    fn configuration_has_sorted_keys_and_names_only_what_is_adapted() {
+        let folder = tempfile::tempdir().unwrap();
+        adapter(Targets::Names(vec!["q_proj".into(), "layers.1.mlp.down_proj".into()]))
+            .save_peft(folder.path(), "base")
+            .unwrap();
+        let config: serde_json::Map<String, Value> = serde_json::from_slice(&files(folder.path()).0).unwrap();
+        let keys: Vec<&String> = config.keys().collect();
+        assert!(keys.is_sorted(), "{keys:?}");
+        assert_eq!(config["target_modules"], json!(["model.layers.1.mlp.down_proj", "q_proj"]));
+        assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(3), &json!(6)));
+    }
+
+    #[test]
+    fn adapter_that_would_apply_in_part_or_not_at_all_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        adapter(Targets::Names(vec!["q_proj".into()])).save_peft(folder.path(), "base").unwrap();
+        let load = |linears| Adapter::load_peft_for(folder.path(), linears).unwrap_err();
+        let elsewhere = linears().into_iter().map(|(name, out, input)| (format!("other.{name}"), out, input));
+        assert!(matches!(load(elsewhere.collect()), AdapterError::UnknownTensor { .. }));
+        let one_layer = linears().into_iter().take(3).collect();
+        assert!(matches!(load(one_layer), AdapterError::UnknownTensor { .. }));
+        let mut wider = linears();
+        wider[0].2 = 9;
+        let error = load(wider);
+        assert!(matches!(&error, AdapterError::Shape { got, .. } if *got == [3, 8]), "{error}");
+        let config = String::from_utf8(files(folder.path()).0).unwrap();
+        for (from, to) in
+            [("\"q_proj\"", "\"q_proj\", \"v_proj\""), ("\"use_dora\": false", "\"use_dora\": true")]
+        {
+            fs_err::write(folder.path().join(CONFIG), config.replace(from, to)).unwrap();
+            let error = load(linears());
+            let expected =
+                ["lacks `base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight`", "`use_dora`"];
+            assert!(expected.iter().any(|text| error.to_string().contains(text)), "{error}");
+        }
+    }
+
+    #[test]
+    fn rank_that_does_not_fit_is_refused() {
+        for rank in [0, 5] {
+            let config = LoraConfig { rank, alpha: 1.0, targets: Targets::Auto, rslora: false, seed: 1 };
+            assert!(
+                matches!(Adapter::for_linears(linears(), &config), Err(AdapterError::Rank { .. })),
+                "{rank}"
+            );
+        }
+        let share = adapter(Targets::Names(vec!["q_proj".into()])).adapted_percent();
+        assert!((share - 100.0 * 96.0 / 288.0).abs() < 1e-9, "{share}");
+    }
+}

@@ -1,6 +1,6 @@
 //! The fast backend on a CPU: every operation cut into tasks by shape alone, the tasks run on a pool of
 //! threads, each output written by one task. Weights are decoded tile by tile next to the product that uses
-//! them, once per pass over at most 256 tokens, and never stand in memory as a whole.
+//! them, once per pass over at most 512 tokens, and never stand in memory as a whole.
 //!
 //! Knows the operations' arithmetic but not the model that calls them. Products are the `gemm` crate's, which
 //! picks the instruction set itself; everything else is plain Rust compiled for several sets (`rows`), with

@@ -44,10 +44,10 @@ fn check(config: &ModelConfig) -> Result<(), ModelError> {
             return bad(field, value, "it must be at least 1");
         }
     }
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return bad("num_key_value_heads", kv_heads, "it must divide `num_attention_heads`");
     }
-    if config.head_dim == 0 || config.head_dim % 2 != 0 {
+    if config.head_dim == 0 || !config.head_dim.is_multiple_of(2) {
         return bad("head_dim", config.head_dim, "rotary positions need a positive even number");
     }
     Ok(())

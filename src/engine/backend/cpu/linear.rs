@@ -8,7 +8,7 @@ use crate::matrix::Matrix;
 /// Outputs of a task: a multiple of every register tile `gemm` uses, and a divisor of common widths.
 const TILE: usize = 96;
 /// Tokens of a task: one decoded block serves this many.
-const TOKENS: usize = 256;
+const TOKENS: usize = 512;
 /// Weights' depth decoded at a time.
 const DEPTH: usize = 512;
 /// Tokens of a LoRA task.
@@ -118,7 +118,8 @@ pub(super) fn lora_backward(
             product(&mut dx, r, 1.0, Write::Add, Operand::rows(dh, r), Operand::rows(lora.a, k));
         }
     });
-    let (da, db) = (Shared::new(gradient.da), Shared::new(gradient.db));
+    let LoraGradient { da, db } = gradient;
+    let (da, db) = (Shared::new(da), Shared::new(db));
     let tiles_b = n.div_ceil(LORA_TILE);
     cpu.run(tiles_b + k.div_ceil(LORA_TILE), |task| {
         if task < tiles_b {

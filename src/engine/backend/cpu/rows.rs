@@ -48,7 +48,7 @@ fn exp(x: f32) -> f32 {
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5.000_000_1e-1;
+    let p = p * r + 0.5;
     let value = p * r * r + r + 1.0;
     let exponent = (shifted.to_bits() as i32).wrapping_sub(0x4B40_0000).wrapping_add(127);
     value * f32::from_bits((exponent as u32) << 23)
@@ -116,6 +116,16 @@ vectorised! {
     fn add(y: &mut [f32], x: &[f32]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y += x;
+        }
+    }
+}
+
+vectorised! {
+    /// y = the little-endian bfloat16 values of `bytes`, two bytes each.
+    fn widen_bf16(y: &mut [f32], bytes: &[u8]) {
+        let (pairs, _) = bytes.as_chunks::<2>();
+        for (y, pair) in y.iter_mut().zip(pairs) {
+            *y = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
         }
     }
 }
