@@ -162,6 +162,9 @@ fn documents(example: &Example) -> Vec<&str> {
     example.provenance.chunks.iter().map(|chunk| &chunk[..file(chunk)]).collect()
 }
 
+/// Word 3-gram similarity from which a test question counts as close to a training question.
+pub(crate) const NEAR: f64 = 0.7;
+
 /// How close a test question comes to the training questions.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Closeness {

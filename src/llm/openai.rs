@@ -59,6 +59,8 @@ impl OpenAi {
             None => None,
         };
         let url = format!("{}/chat/completions", settings.base_url.trim_end_matches('/'));
+        // Fails only if a provider is installed already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let mut client = Client::builder().timeout(settings.timeout).connect_timeout(Duration::from_secs(20));
         if is_loopback(&url) {
             client = client.no_proxy();

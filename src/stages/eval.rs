@@ -14,6 +14,7 @@ use tunesmith_pipeline::stage::{
     Arity, Cost, EmptySource, InputSlot, SourceSpec, StageContext, StageError, StageKind,
 };
 
+use crate::corpus::split::{NEAR, closeness};
 use crate::corpus::{Example, Message, read_table, write_table};
 use crate::evaluate::flags::{self, Seen};
 use crate::evaluate::intervals::{bootstrap_mean, bootstrap_ratio, wilson};
@@ -79,27 +80,6 @@ struct PromptRow {
     prompt: String,
 }
 
-/// The part of a split's `leaks.json` that an evaluation repeats.
-#[derive(Debug, Default, Deserialize)]
-struct Leaks {
-    #[serde(default)]
-    leaks_exact: u64,
-    #[serde(default)]
-    leaks_near: u64,
-    #[serde(default)]
-    max_similarity: f64,
-    #[serde(default)]
-    nearest: Vec<Nearest>,
-}
-
-/// The training question closest to one test question.
-#[derive(Debug, Deserialize)]
-struct Nearest {
-    id: String,
-    question: String,
-    similarity: f64,
-}
-
 impl StageKind for Eval {
     fn name(&self) -> &'static str {
         "eval"
@@ -159,7 +139,6 @@ impl StageKind for Eval {
         let data = context.input("data")?;
         let questions: Vec<Example> = read_table(&data.file("test.jsonl")?)?;
         let train: Vec<Example> = read_table(&data.file("train.jsonl")?)?;
-        let leaks: Leaks = read_json(&data.file("leaks.json")?)?;
         let prompts = if params.prompts.is_some() { read_prompts(context)? } else { Vec::new() };
         if questions.is_empty() && prompts.is_empty() {
             return Err(StageError::new(
@@ -170,8 +149,7 @@ impl StageKind for Eval {
         }
         let arms = arms(&params, &train);
         let mut asker = Asker::open(context, &params)?;
-        let mut answered: Vec<Answered> =
-            questions.iter().map(|example| unanswered(example, &leaks)).collect();
+        let (mut answered, leak_check) = unanswered(&questions, &train);
         let mut prompted: Vec<Prompted> = prompts
             .iter()
             .map(|row| Prompted {
@@ -202,7 +180,7 @@ impl StageKind for Eval {
             }
         }
         let tokens = asker.supervised_tokens();
-        let summary = summarise(&arms, &answered, &prompted, tokens, &leaks, train.len(), params.seed);
+        let summary = summarise(&arms, &answered, &prompted, tokens, leak_check, params.seed);
         report_metrics(context, &summary);
         write_table(&context.out.join("answers.jsonl"), &answered)?;
         write_table(&context.out.join("prompts.jsonl"), &prompted)?;
@@ -210,11 +188,6 @@ impl StageKind for Eval {
         fs_err::write(context.out.join("summary.json"), json)?;
         Ok(())
     }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Result<T, StageError> {
-    serde_json::from_slice(&fs_err::read(path)?)
-        .map_err(|error| StageError::new("eval::input", error.to_string()).at(path, None))
 }
 
 fn read_prompts(context: &StageContext<'_>) -> Result<Vec<PromptRow>, StageError> {
@@ -254,20 +227,31 @@ fn user(text: &str) -> Message {
     Message { role: "user".to_owned(), content: text.to_owned() }
 }
 
-fn unanswered(example: &Example, leaks: &Leaks) -> Answered {
-    Answered {
-        id: example.id.clone(),
-        question: example.question().to_owned(),
-        reference: example.answer().to_owned(),
-        key_facts: example.key_facts.clone(),
-        places: example.provenance.places.clone(),
-        nearest_train: leaks
-            .nearest
-            .iter()
-            .find(|nearest| nearest.id == example.id)
-            .map(|nearest| (nearest.question.clone(), nearest.similarity)),
-        arms: Vec::new(),
-    }
+/// The questions with the training question closest to each, and how close they come on the whole. Measured
+/// here once more, on what is really asked and was really trained on.
+fn unanswered(questions: &[Example], train: &[Example]) -> (Vec<Answered>, LeakCheck) {
+    let (asked, trained): (Vec<&Example>, Vec<&Example>) = (questions.iter().collect(), train.iter().collect());
+    let mut check = LeakCheck { test_questions: asked.len(), train_rows: trained.len(), ..LeakCheck::default() };
+    let rows = asked
+        .iter()
+        .zip(closeness(&trained, &asked))
+        .map(|(example, close)| {
+            let similarity = close.nearest.map_or(0.0, |(_, similarity)| similarity);
+            check.exact += u64::from(close.equal.is_some());
+            check.near += u64::from(close.equal.is_none() && similarity >= NEAR);
+            check.max_similarity = check.max_similarity.max(similarity);
+            Answered {
+                id: example.id.clone(),
+                question: example.question().to_owned(),
+                reference: example.answer().to_owned(),
+                key_facts: example.key_facts.clone(),
+                places: example.provenance.places.clone(),
+                nearest_train: close.nearest.map(|(row, similarity)| (trained[row].question().to_owned(), similarity)),
+                arms: Vec::new(),
+            }
+        })
+        .collect();
+    (rows, check)
 }
 
 fn arm_answer(arm: &Arm, asked: Asked, right: Option<bool>, loss: Option<f64>) -> ArmAnswer {
@@ -288,8 +272,7 @@ fn summarise(
     answered: &[Answered],
     prompted: &[Prompted],
     tokens: &[usize],
-    leaks: &Leaks,
-    train_rows: usize,
+    leak_check: LeakCheck,
     seed: u64,
 ) -> Summary {
     let questions = answered.iter().filter(|row| !row.key_facts.is_empty()).count();
@@ -322,8 +305,8 @@ fn summarise(
         questions,
         tuned_right: tuned.right,
         base_right: base.right,
-        leaks_exact: leaks.leaks_exact,
-        leaks_near: leaks.leaks_near,
+        leaks_exact: leak_check.exact,
+        leaks_near: leak_check.near,
         unfinished: answered
             .iter()
             .filter(|row| row.arms.last().is_some_and(|answer| !answer.stopped))
@@ -338,13 +321,7 @@ fn summarise(
         questions,
         prompts: prompted.len(),
         flags: flags::raise(&seen),
-        leak_check: LeakCheck {
-            test_questions: answered.len(),
-            train_rows,
-            exact: leaks.leaks_exact,
-            near: leaks.leaks_near,
-            max_similarity: leaks.max_similarity,
-        },
+        leak_check,
         arms: summaries,
     }
 }

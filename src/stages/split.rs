@@ -12,14 +12,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tunesmith_pipeline::stage::{Arity, InputSlot, ParamProblem, StageContext, StageError, StageKind};
 
-use crate::corpus::split::{Closeness, GroupBy, Shares, Side, closeness, divide};
+use crate::corpus::split::{NEAR, Closeness, GroupBy, Shares, Side, closeness, divide};
 use crate::corpus::words::normalised;
 use crate::corpus::{Example, read_table, write_table};
 
 const VERSION: u32 = 1;
 
-/// Overlap of word 3-grams from which a test question is listed as near a training question.
-const NEAR_LEAK: f64 = 0.7;
 /// Leaks named in the error; the file has all.
 const LEAKS_SHOWN: usize = 10;
 
@@ -221,7 +219,7 @@ fn leaks(train: &[&Example], validation: &[&Example], test: &[&Example]) -> Leak
             leaks.max_similarity = 1.0;
         } else if let Some((other, _)) = nearest {
             leaks.max_similarity = leaks.max_similarity.max(similarity);
-            if similarity >= NEAR_LEAK {
+            if similarity >= NEAR {
                 leaks.near.push(leak(train[other], similarity));
             }
         }

@@ -43,6 +43,9 @@ pub struct Cpu {
 pub(super) fn instruction_set() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
+        if is_x86_feature_detected!("avx512f") {
+            return "avx512";
+        }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             return "avx2";
         }

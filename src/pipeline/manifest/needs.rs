@@ -183,7 +183,12 @@ fn place_list(
     }
     let is_empty =
         |slot: &&InputSlot| slot.arity == Arity::One && !edges.iter().any(|edge| edge.slot == slot.name);
-    let empty: Vec<&InputSlot> = slots.iter().filter(is_empty).collect();
+    let mut empty: Vec<&InputSlot> = slots.iter().filter(is_empty).collect();
+    if let ([slot], [text]) = (empty.as_slice(), rest.as_slice()) {
+        edges.push(edge(slot.name, text, names));
+        empty.clear();
+        rest.clear();
+    }
     if list.is_empty() {
         found.extend(empty.iter().map(|slot| missing(kind, slot, draft)));
     } else if !empty.is_empty() || (!takes_any && !rest.is_empty()) {

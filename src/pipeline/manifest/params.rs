@@ -1,6 +1,7 @@
 //! The params of a run: the manifest's defaults, then a profile, then params files, then `--set`, each laid
-//! over what was there. A map lands on a map key by key; anything else replaces. What no default names
-//! cannot be overridden: it would change nothing and hide a typing error.
+//! over what was there. An override replaces the whole param, a map too (one provider is not a few words of
+//! another); `--set a.b=1` reaches inside one. What no default names cannot be overridden: it would change
+//! nothing and hide a typing error.
 
 use std::collections::HashMap;
 
@@ -28,7 +29,7 @@ pub(crate) fn apply(
             .and_then(|file| include::parse(file, sources, problems))
             .map(|root| optional_map(root, "a params file", problems))
             .unwrap_or_default();
-        check_names(params, &entries, "", problems);
+        check_names(params, &entries, problems);
         lay(params, entries);
     }
     for (path, value) in &overrides.set {
@@ -58,7 +59,7 @@ fn apply_profiles(
         problems.push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `profiles`".to_owned())));
     }
     for (_, entries) in &document.profiles {
-        check_names(&document.params, entries, "", problems);
+        check_names(&document.params, entries, problems);
     }
     for (name, entries) in std::mem::take(&mut document.profiles) {
         if chosen == Some(name.text.as_str()) {
@@ -93,7 +94,7 @@ fn set(params: &mut Entries, file: FileId, path: &str, value: Node, problems: &m
         start += part.len() + 1;
         if parts.peek().is_none() {
             let entry = vec![(key, value)];
-            check_names(below, &entry, "", problems);
+            check_names(below, &entry, problems);
             return lay(below, entry);
         }
         let index = below.iter().position(|(entry, _)| entry.text == part);
@@ -115,21 +116,13 @@ fn set(params: &mut Entries, file: FileId, path: &str, value: Node, problems: &m
 }
 
 /// Tells every name in `above` that `below` does not have.
-fn check_names(below: &Entries, above: &Entries, prefix: &str, problems: &mut Problems) {
-    for ((key, node), position) in above.iter().zip(positions(below, above)) {
-        let path = format!("{prefix}{}", key.text);
-        match (position.map(|index| &below[index].1.value), &node.value) {
-            (Some(Value::Map(old)), Value::Map(new)) if !old.is_empty() => {
-                check_names(old, new, &format!("{path}."), problems);
-            }
-            (Some(_), _) => {}
-            (None, _) => {
-                let message = format!("no param {} to override", quoted(&path));
-                let problem = Problem::new("manifest::unknown_param", key.span, message);
-                let hint = problems.suggest(&key.text, below.iter().map(|(key, _)| key.text.as_str()));
-                problems
-                    .push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `params`".to_owned())));
-            }
+fn check_names(below: &Entries, above: &Entries, problems: &mut Problems) {
+    for ((key, _), position) in above.iter().zip(positions(below, above)) {
+        if position.is_none() {
+            let message = format!("no param {} to override", quoted(&key.text));
+            let problem = Problem::new("manifest::unknown_param", key.span, message);
+            let hint = problems.suggest(&key.text, below.iter().map(|(key, _)| key.text.as_str()));
+            problems.push(problem.hint(hint.unwrap_or_else(|| "the manifest has no `params`".to_owned())));
         }
     }
 }
@@ -138,11 +131,8 @@ fn check_names(below: &Entries, above: &Entries, prefix: &str, problems: &mut Pr
 fn lay(below: &mut Entries, above: Entries) {
     let positions = positions(below, &above);
     for ((_, node), position) in above.into_iter().zip(positions) {
-        let Some(position) = position else { continue };
-        let old = &mut below[position].1;
-        match (&mut old.value, node.value) {
-            (Value::Map(old), Value::Map(new)) if !old.is_empty() => lay(old, new),
-            (_, value) => *old = Node::new(value, node.span),
+        if let Some(position) = position {
+            below[position].1 = node;
         }
     }
 }

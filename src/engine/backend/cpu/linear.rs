@@ -5,8 +5,11 @@ use super::product::{Operand, Output, Shared, product};
 use super::{Cpu, Lora, LoraGradient, Write, decode, scratch};
 use crate::matrix::Matrix;
 
-/// Outputs of a task: a multiple of every register tile `gemm` uses, and a divisor of common widths.
-const TILE: usize = 96;
+/// Most outputs of a task. `gemm` packs a task's tokens anew, so that a wide tile is worth more than a decoded
+/// block that stays in the second-level cache.
+const TILE_MAX: usize = 384;
+/// A task's outputs are a multiple of every register tile `gemm` uses.
+const TILE_STEP: usize = 48;
 /// Tokens of a task: one decoded block serves this many.
 const TOKENS: usize = 512;
 /// Weights' depth decoded at a time.
@@ -16,15 +19,21 @@ const LORA_TOKENS: usize = 64;
 /// Rows or columns of a LoRA gradient a task owns.
 const LORA_TILE: usize = 192;
 
+/// Outputs of a task: an even number of even tiles, so that two threads end together.
+fn tile_width(width: usize) -> usize {
+    let tiles = width.div_ceil(TILE_MAX).next_multiple_of(2);
+    width.div_ceil(tiles).next_multiple_of(TILE_STEP)
+}
+
 /// The tile of outputs and the chunk of tokens of a task.
 fn tile_of(task: usize, width: usize, tokens: usize) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
-    let chunks = tokens.div_ceil(TOKENS);
-    let (tile, chunk) = (task / chunks * TILE, task % chunks * TOKENS);
-    (tile..width.min(tile + TILE), chunk..tokens.min(chunk + TOKENS))
+    let (chunks, step) = (tokens.div_ceil(TOKENS), tile_width(width));
+    let (tile, chunk) = (task / chunks * step, task % chunks * TOKENS);
+    (tile..width.min(tile + step), chunk..tokens.min(chunk + TOKENS))
 }
 
 fn tasks_of(width: usize, tokens: usize) -> usize {
-    width.div_ceil(TILE) * tokens.div_ceil(TOKENS)
+    width.div_ceil(tile_width(width)) * tokens.div_ceil(TOKENS)
 }
 
 /// Whether a block from `start` writes or adds: the first obeys `write`, later ones add.
@@ -42,7 +51,7 @@ pub(super) fn forward(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, writ
         let (tile, rows) = tile_of(task, n, tokens);
         // SAFETY: tiles and chunks of different tasks do not overlap.
         let mut out = unsafe { y.block(rows.start * n + tile.start, rows.len(), tile.len(), n) };
-        scratch::with(TILE * DEPTH.min(k), |w| {
+        scratch::with(tile.len() * DEPTH.min(k), |w| {
             for start in (0..k).step_by(DEPTH) {
                 let depth = DEPTH.min(k - start);
                 decode::block(weight, tile.clone(), start..start + depth, w);
@@ -63,7 +72,7 @@ pub(super) fn backward(cpu: &Cpu, dx: &mut [f32], dy: &[f32], weight: &Matrix, w
         let (tile, rows) = tile_of(task, k, tokens);
         // SAFETY: tiles and chunks of different tasks do not overlap.
         let mut out = unsafe { dx.block(rows.start * k + tile.start, rows.len(), tile.len(), k) };
-        scratch::with(TILE * DEPTH.min(n), |w| {
+        scratch::with(tile.len() * DEPTH.min(n), |w| {
             for start in (0..n).step_by(DEPTH) {
                 let depth = DEPTH.min(n - start);
                 decode::block(weight, start..start + depth, tile.clone(), w);

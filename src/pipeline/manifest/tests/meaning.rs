@@ -15,7 +15,7 @@ params:
   notes: ["a/**/*", b]
   quoted: "20"
 profiles:
-  full: { rank: 64, train: { seed: 8 } }
+  full: { rank: 64, train: { seed: 8, date: 2024-01-31 } }
 stages:
   notes: { uses: ingest, with: { paths: "${params.notes}" } }
   base:
@@ -49,7 +49,7 @@ quoted = "20"
 
 [profiles.full]
 rank = 64
-train.seed = 8
+train = { seed = 8, date = 2024-01-31 }
 
 [stages.notes]
 uses = "ingest"
@@ -164,7 +164,7 @@ fn json_is_read_as_yaml() {
 fn later_words_win_over_earlier_ones() {
     let manifest = r#"
 params: { a: default, b: default, c: default, d: default, t: { x: default, y: default } }
-profiles: { p: { b: profile, c: profile, d: profile, t: { x: profile } } }
+profiles: { p: { b: profile, c: profile, d: profile, t: { x: profile, y: profile } } }
 stages:
   n: { uses: ingest, with: { paths: ["${params.a}", "${params.b}", "${params.c}", "${params.d}", "${params.t.x}", "${params.t.y}"] } }
 "#;
