@@ -66,7 +66,7 @@ fn all_mistakes_are_said_at_once() {
     check(
         "m.yaml",
         "stages:\n  notes: { uses: ingestt, with: { paths: [a] } }\n  chunks: { uses: chunk, needs: note, with: { max_tokens: many } }\n",
-        &[("2:18", "ingest"), ("3:35", "notes"), ("3:61", "integer")],
+        &[("2:18", "ingest"), ("3:33", "notes"), ("3:59", "integer")],
     );
 }
 
