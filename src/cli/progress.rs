@@ -100,7 +100,7 @@ impl Progress {
                 if now.duration_since(seen) >= PLAIN_EVERY {
                     last.insert(stage.to_owned(), now);
                     let of = if total > 0 { format!(" of {total}") } else { String::new() };
-                    note(&format!("{stage}: {done}{of} {unit} {detail}").trim_end().to_owned());
+                    note(format!("{stage}: {done}{of} {unit} {detail}").trim_end());
                 }
             }
             View::Quiet => {}
@@ -143,12 +143,12 @@ impl Reporter for Progress {
                 self.talk(&format!("  {} {stage}: another run is making it", paint.dim("waiting")));
             }
             RunEvent::StageProgress { stage, done, total, unit, detail } => {
-                self.advance(stage, *done, *total, unit, detail)
+                self.advance(stage, *done, *total, unit, detail);
             }
             RunEvent::StageMessage { stage, level, text } => match level {
                 MessageLevel::Info => self.talk(&format!("    {stage}: {text}")),
                 MessageLevel::Warning => {
-                    self.line(&format!("    {} {stage}: {text}", paint.yellow("warning:")))
+                    self.line(&format!("    {} {stage}: {text}", paint.yellow("warning:")));
                 }
             },
             RunEvent::StageFinished { stage, seconds, rows, .. } => {

@@ -25,12 +25,15 @@ pub(crate) struct Section {
     pub(crate) body: Markup,
 }
 
+/// Makes the body of a section from one stage's artifact.
+type Maker = fn(&Shown<'_>) -> Result<Markup, ReportError>;
+
 /// Findings shown per defect before the list is cut.
 const FINDINGS_MAX: usize = 8;
 
 /// Every section the artifacts give, in the order a reader wants them: results, training, data.
 pub(crate) fn all(shown: &[Shown<'_>]) -> Result<Vec<Section>, ReportError> {
-    let makers: [(&str, &str, fn(&Shown<'_>) -> Result<Markup, ReportError>); 4] = [
+    let makers: [(&str, &str, Maker); 4] = [
         ("answers.jsonl", "Evaluation", evaluation),
         ("training.json", "Training", training),
         ("findings.jsonl", "Data quality", findings),

@@ -230,8 +230,10 @@ fn user(text: &str) -> Message {
 /// The questions with the training question closest to each, and how close they come on the whole. Measured
 /// here once more, on what is really asked and was really trained on.
 fn unanswered(questions: &[Example], train: &[Example]) -> (Vec<Answered>, LeakCheck) {
-    let (asked, trained): (Vec<&Example>, Vec<&Example>) = (questions.iter().collect(), train.iter().collect());
-    let mut check = LeakCheck { test_questions: asked.len(), train_rows: trained.len(), ..LeakCheck::default() };
+    let (asked, trained): (Vec<&Example>, Vec<&Example>) =
+        (questions.iter().collect(), train.iter().collect());
+    let mut check =
+        LeakCheck { test_questions: asked.len(), train_rows: trained.len(), ..LeakCheck::default() };
     let rows = asked
         .iter()
         .zip(closeness(&trained, &asked))
@@ -246,7 +248,9 @@ fn unanswered(questions: &[Example], train: &[Example]) -> (Vec<Answered>, LeakC
                 reference: example.answer().to_owned(),
                 key_facts: example.key_facts.clone(),
                 places: example.provenance.places.clone(),
-                nearest_train: close.nearest.map(|(row, similarity)| (trained[row].question().to_owned(), similarity)),
+                nearest_train: close
+                    .nearest
+                    .map(|(row, similarity)| (trained[row].question().to_owned(), similarity)),
                 arms: Vec::new(),
             }
         })
@@ -317,13 +321,7 @@ fn summarise(
             .zip(base.accuracy)
             .is_none_or(|(tuned, base)| tuned.apart_from(&base)),
     };
-    Summary {
-        questions,
-        prompts: prompted.len(),
-        flags: flags::raise(&seen),
-        leak_check,
-        arms: summaries,
-    }
+    Summary { questions, prompts: prompted.len(), flags: flags::raise(&seen), leak_check, arms: summaries }
 }
 
 /// Every figure as `<arm>.<measure>`, with `.low` and `.high` where it has an interval.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tunesmith_pipeline::stage::{Arity, InputSlot, ParamProblem, StageContext, StageError, StageKind};
 
-use crate::corpus::split::{NEAR, Closeness, GroupBy, Shares, Side, closeness, divide};
+use crate::corpus::split::{Closeness, GroupBy, NEAR, Shares, Side, closeness, divide};
 use crate::corpus::words::normalised;
 use crate::corpus::{Example, read_table, write_table};
 

@@ -147,7 +147,8 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
 fn is_wanted(file: &str) -> bool {
     let name_of_root = !file.contains('/');
     let wanted = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"];
-    name_of_root && (wanted.contains(&file) || [".safetensors", ".jinja"].iter().any(|ending| file.ends_with(ending)))
+    name_of_root
+        && (wanted.contains(&file) || [".safetensors", ".jinja"].iter().any(|ending| file.ends_with(ending)))
 }
 
 /// Files come through the Hub's own cache in the home folder, so that another pipeline need not fetch them again.
@@ -159,9 +160,12 @@ fn hub(
     scratch: &Path,
 ) -> Result<PathBuf, StageError> {
     let failed = |error: ApiError| {
-        StageError::new("model::hub", format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"))
-            .hint("check the network and the name; a gated model needs its token, as `hf auth login` stores it")
-            .transient()
+        StageError::new(
+            "model::hub",
+            format!("`{owner}/{name}` could not be fetched from the Hugging Face Hub: {error}"),
+        )
+        .hint("check the network and the name; a gated model needs its token, as `hf auth login` stores it")
+        .transient()
     };
     let id = format!("{owner}/{name}");
     let repository = match revision {
@@ -233,7 +237,13 @@ mod tests {
 
     #[test]
     fn of_a_repository_only_what_the_engine_reads_is_fetched() {
-        let all = ["config.json", "model-00001-of-00002.safetensors", "onnx/model.onnx", "pytorch_model.bin", "onnx/config.json"];
+        let all = [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "onnx/model.onnx",
+            "pytorch_model.bin",
+            "onnx/config.json",
+        ];
         let wanted: Vec<&str> = all.into_iter().filter(|file| is_wanted(file)).collect();
         assert_eq!(wanted, ["config.json", "model-00001-of-00002.safetensors"]);
     }
