@@ -1,5 +1,6 @@
 //! The whole way, notes to report, with a tiny model: what is trained, what survives a kill, what is refused.
 
+use std::fmt::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -85,13 +86,12 @@ fn project() -> Project {
         let row = serde_json::json!({
             "source": format!("notes/{town}.md"), "quote": format!("stands on the river {river}"), "response": response
         });
-        answers.push_str(&format!("{row}\n"));
+        writeln!(answers, "{row}").unwrap();
         let question = serde_json::json!({
             "id": format!("q-{fact}"), "question": format!("Tell me what flows past {town}, please."), "answer": answer,
             "fact": fact, "key_facts": [[river]], "source": format!("notes/{town}.md")
         });
-        questions.push_str(&format!("{question}\n"));
-        let _ = year;
+        writeln!(questions, "{question}").unwrap();
     }
     project.write("answers.jsonl", answers);
     project.write("questions.jsonl", questions);

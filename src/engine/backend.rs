@@ -218,7 +218,7 @@ pub trait Backend: Send + Sync {
     /// y (T,C) = the rows of `table` (V,C) named by `tokens` (T).
     fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]);
 
-    /// nll (S) = -log softmax(hidden (S,C) · headᵀ)[target] per row. With `gradient`, also writes
+    /// nll (S) = `-log softmax(hidden (S,C) · headᵀ)[target]` per row. With `gradient`, also writes
     /// dhidden (S,C) = scale * d(sum nll)/d(hidden). Logits exist for a bounded chunk of rows at a time, in
     /// `scratch`.
     fn cross_entropy(

@@ -83,7 +83,7 @@ impl Nf4 {
         fits.then_some(Self { packed, absmax, len })
     }
 
-    /// Decodes `out.len()` values from flat index `start`: code[nibble] * absmax, in f32.
+    /// Decodes `out.len()` values from flat index `start`: `code[nibble] * absmax`, in f32.
     pub fn decode(&self, start: usize, out: &mut [f32]) {
         assert!(start + out.len() <= self.len, "BUG: decoding beyond the tensor");
         let packed = self.packed.as_slice();
@@ -166,7 +166,7 @@ fn nearest_of_block(values: &[f32; BLOCK], reciprocal: f32, codes: &mut [u8; BLO
     }
 }
 
-/// out (64) = code[nibble] * scale. Fixed sizes and plain indices: bounds are known, so the loop unrolls.
+/// out (64) = `code[nibble] * scale`. Fixed sizes and plain indices: bounds are known, so the loop unrolls.
 fn decode_block(codes: &[u8; BLOCK / 2], scale: f32, out: &mut [f32; BLOCK]) {
     for i in 0..BLOCK / 2 {
         let [high, low] = PAIRS[usize::from(codes[i])];

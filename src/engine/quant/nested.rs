@@ -1,7 +1,7 @@
 //! Double quantisation: the absmax of NF4 blocks, themselves stored in 8 bits. Knows only lists of f32.
 //!
 //! The 8-bit code is bitsandbytes' dynamic map: many values near zero, few near one, so that a list of scales
-//! with a few outliers keeps its small ones. decode: map[code] * absmax + offset, two f32 roundings.
+//! with a few outliers keeps its small ones. decode: `map[code] * absmax + offset`, two f32 roundings.
 
 /// Scales that share one second-level scale.
 pub const NESTED_BLOCK: usize = 256;
