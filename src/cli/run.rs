@@ -85,7 +85,7 @@ fn stop_signals() -> Arc<AtomicBool> {
     cancel
 }
 
-/// A table of the stages, their headline figures, and where the results are.
+/// A table of the stages that did not simply stay as they were, their headline figures, and where the results are.
 fn sum_up(report: &RunReport) {
     let paint = Paint::stderr();
     let width = report.stages.iter().map(|stage| stage.name.len()).max().unwrap_or(0);
@@ -94,8 +94,9 @@ fn sum_up(report: &RunReport) {
         let state = match stage.state {
             StageState::Ran => paint.green("ran    "),
             StageState::Failed => paint.red("failed "),
-            StageState::Cached => paint.dim("cached "),
             StageState::Skipped => paint.dim("skipped"),
+            // Already named when it was found.
+            StageState::Cached => continue,
         };
         let rows = if stage.state == StageState::Ran && stage.rows.total > 0 {
             rows_text(&stage.rows)
