@@ -150,7 +150,8 @@ fn open_store(folder: Option<PathBuf>) -> Result<Store, Failure> {
         .or_else(|| std::env::var_os("TUNESMITH_CACHE").filter(|value| !value.is_empty()).map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("cache"));
     Store::open(&folder).map_err(|error| {
-        problems::show_error(&error, Some("name another folder with `--cache DIR` or TUNESMITH_CACHE"));
+        let hint = error.hint().unwrap_or("name another folder with `--cache DIR` or TUNESMITH_CACHE");
+        problems::show_error(&error, Some(hint));
         Failure::Run
     })
 }

@@ -225,14 +225,14 @@ fn path_text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A new id that sorts by time: `20261121T113007-9f2c41d8`.
+/// A new id that sorts by time, to the microsecond: `20261121T113007-9f2c41d8`.
 pub(crate) fn fresh_id() -> String {
     // The standard library's only source of randomness: the seed of a hash map, different in each process,
     // joined with the time and the process so that two calls differ as well.
     let now = now();
     let random = RandomState::new().hash_one((now.as_nanos(), std::process::id()));
     let stamp: String = utc(now).chars().filter(|c| !"-:Z".contains(*c)).collect();
-    format!("{stamp}-{:08x}", random >> 32)
+    format!("{stamp}-{:05x}{:03x}", now.subsec_micros(), random >> 52)
 }
 
 fn now() -> Duration {
@@ -274,6 +274,6 @@ mod tests {
     fn ids_sort_by_time_and_differ() {
         let (a, b) = (fresh_id(), fresh_id());
         assert_ne!(a, b);
-        assert!(a[..15] <= b[..15] && a.len() == 24, "{a} {b}");
+        assert!(a[..21] <= b[..21] && a.len() == 24, "{a} {b}");
     }
 }

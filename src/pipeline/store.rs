@@ -90,7 +90,7 @@ impl StoreError {
     /// A stable code.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::Io(error) if error.kind() == io::ErrorKind::StorageFull => "store::full",
+            _ if self.is_full_disk() => "store::full",
             Self::Io(_) => "store::io",
             Self::Index(IndexError::Newer { .. }) | Self::Format { .. } => "store::newer",
             Self::Index(_) => "store::index",
@@ -99,12 +99,18 @@ impl StoreError {
         }
     }
 
+    fn is_full_disk(&self) -> bool {
+        match self {
+            Self::Io(error) => error.kind() == io::ErrorKind::StorageFull,
+            Self::Index(error) => error.is_full_disk(),
+            _ => false,
+        }
+    }
+
     /// The next step for the user.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Io(error) if error.kind() == io::ErrorKind::StorageFull => {
-                Some("free some disk space and run again; nothing finished is lost")
-            }
+            _ if self.is_full_disk() => Some("free some disk space and run again; nothing finished is lost"),
             Self::Index(IndexError::Newer { .. }) | Self::Format { .. } => {
                 Some("use a newer tunesmith, or another store with `--cache DIR`")
             }

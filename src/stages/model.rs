@@ -117,7 +117,10 @@ impl StageKind for Model {
             context.progress(done, total, "tensors");
         })
         .map_err(|error| {
-            StageError::new("model::unusable", format!("`{}`: {error}", params.source))
+            // The files stand in scratch for now; the user knows them by their source.
+            let message = error.to_string().replace(&*source.to_string_lossy(), &params.source);
+            let name = if message.contains(&params.source) { String::new() } else { format!("`{}`: ", params.source) };
+            StageError::new("model::unusable", name + &message)
                 .hint("a whole GGUF file, or a folder with config.json, *.safetensors and tokenizer.json, of a supported family")
         })?;
         context.metric("parameters", summary.parameters);

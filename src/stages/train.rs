@@ -155,9 +155,10 @@ fn prepare(
         let more = problems.len().saturating_sub(ROWS_NAMED_MAX);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
         let table = table.file_name().unwrap_or_default().to_string_lossy();
+        let count = if problems.len() == 1 { "1 row".to_owned() } else { format!("{} rows", problems.len()) };
         StageError::new(
             "train::rows",
-            format!("{} rows of {table} cannot be trained on: {}{more}", problems.len(), named.join("; ")),
+            format!("{count} of {table} cannot be trained on: {}{more}", named.join("; ")),
         )
         .hint("raise `max_length` (and `pack_tokens`), or take these rows out")
     })

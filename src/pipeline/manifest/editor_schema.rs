@@ -52,7 +52,7 @@ fn top_properties() -> Json {
                     "type": ["object", "null"], "additionalProperties": { "type": ["object", "null"] }
                 }),
                 "include" => json!({
-                    "description": "Other manifests, relative to this file, whose params, profiles and stages are taken over; what stands here wins.",
+                    "description": "Other manifests, relative to this file, whose params, profiles and stages are taken over; what stands here wins. Paths in their stages are relative to the manifest that is run.",
                     "type": ["string", "array"], "items": { "type": "string" }
                 }),
                 "stages" => json!({

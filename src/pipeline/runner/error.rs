@@ -1,5 +1,7 @@
 //! Why a run could not even begin. Each error knows its code, its hint and its place in the manifest.
 
+use std::path::PathBuf;
+
 use miette::{Diagnostic, LabeledSpan, NamedSource, SourceCode, SourceOffset};
 
 use crate::graph::{Pipeline, Place, Stage};
@@ -38,7 +40,6 @@ pub struct SourceError {
     /// The parameter with the patterns.
     pub param: String,
     /// What is wrong.
-    #[source]
     pub problem: SourceProblem,
     /// Where the parameter is written.
     place: Option<Located>,
@@ -55,12 +56,14 @@ impl SourceError {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceProblem {
     /// Nothing matches.
-    #[error("`{param}` matches no file ({patterns})")]
+    #[error("`{param}` matches no file below `{}` ({patterns})", folder.display())]
     Empty {
         /// The parameter with the patterns.
         param: String,
         /// The patterns, in backticks.
         patterns: String,
+        /// The manifest's folder.
+        folder: PathBuf,
     },
     /// A pattern is no glob.
     #[error("{0}")]
@@ -109,7 +112,7 @@ impl RunnerError {
             Self::UnknownStage { hint, .. } => Some(hint.clone()),
             Self::Source(error) => match &error.problem {
                 SourceProblem::Empty { .. } => Some(
-                    "paths are relative to the manifest's folder; a folder takes everything below it, \
+                    "paths are relative to the folder of the manifest that is run; a folder takes everything below it, \
                      `**/*.md` takes files by pattern, and hidden files are left out"
                         .to_owned(),
                 ),
@@ -160,7 +163,7 @@ impl Diagnostic for RunnerError {
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         let located = self.located()?;
         located.text.as_ref()?;
-        let label = LabeledSpan::new(Some("here".to_owned()), located.offset, 1);
+        let label = LabeledSpan::new(Some("here".to_owned()), located.offset, located.width);
         Some(Box::new(std::iter::once(label)))
     }
 }
@@ -171,6 +174,7 @@ struct Located {
     place: Place,
     text: Option<NamedSource<String>>,
     offset: usize,
+    width: usize,
 }
 
 impl Located {
@@ -182,8 +186,11 @@ impl Located {
         let offset = text
             .as_ref()
             .map_or(0, |text| SourceOffset::from_location(text, place.line, place.column).offset());
+        let word = text.as_ref().and_then(|text| text.get(offset..)).unwrap_or_default();
+        let width =
+            word.find(|c: char| !(c.is_alphanumeric() || "_-".contains(c))).unwrap_or(word.len()).max(1);
         let text = text.map(|text| NamedSource::new(place.file.display().to_string(), text));
-        Some(Self { place, text, offset })
+        Some(Self { place, text, offset, width })
     }
 }
 

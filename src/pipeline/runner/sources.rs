@@ -91,7 +91,11 @@ impl<'a> SourceReader<'a> {
         let files = self.files(&spec.patterns).map_err(refused)?;
         if files.is_empty() && spec.empty == EmptySource::Refused {
             let patterns: Vec<String> = spec.patterns.iter().map(|pattern| format!("`{pattern}`")).collect();
-            let problem = SourceProblem::Empty { param: spec.param.clone(), patterns: patterns.join(", ") };
+            let problem = SourceProblem::Empty {
+                param: spec.param.clone(),
+                patterns: patterns.join(", "),
+                folder: self.dir.clone(),
+            };
             return Err(refused(problem).into());
         }
         Ok(Snapshot::new(spec.name, files))

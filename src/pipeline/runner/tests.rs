@@ -469,9 +469,13 @@ fn source_without_files_is_an_error_before_anything_runs() {
         run(&desk.pipeline(lines), &desk.store(), &RunOptions::default(), &ears, &AtomicBool::new(false))
             .unwrap_err();
     assert_eq!(error.stable_code(), "source::empty");
+    let folder = desk.pipeline(lines).dir;
     assert_eq!(
         error.to_string(),
-        "stage `notes` cannot use its sources: `paths` matches no file (`notes/*.md`, `more`)"
+        format!(
+            "stage `notes` cannot use its sources: `paths` matches no file below `{}` (`notes/*.md`, `more`)",
+            folder.display()
+        )
     );
     assert_eq!(error.place().map(|place| (place.line, place.column)), Some((3, 5)));
     assert!(error.hint().is_some());

@@ -55,6 +55,19 @@ pub enum IndexError {
     Lock(#[from] std::io::Error),
 }
 
+impl IndexError {
+    /// Whether SQLite found no room: it says so itself, or could not grow the shared memory beside its file.
+    pub(super) fn is_full_disk(&self) -> bool {
+        const IOERR_WRITE: i32 = 778;
+        const IOERR_SHMSIZE: i32 = 4874;
+        let Self::Sqlite { source: rusqlite::Error::SqliteFailure(failure, _), .. } = self else {
+            return false;
+        };
+        failure.code == rusqlite::ErrorCode::DiskFull
+            || [IOERR_WRITE, IOERR_SHMSIZE].contains(&failure.extended_code)
+    }
+}
+
 /// One connection to the store's SQLite file, used by one thread at a time.
 #[derive(Debug)]
 pub(crate) struct Index {

