@@ -5,6 +5,7 @@
 mod harness;
 mod job;
 mod manifests;
+mod real_model;
 mod runner;
 mod tidy;
 mod tiny_model;
