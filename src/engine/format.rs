@@ -14,6 +14,7 @@ pub mod gguf_llama;
 #[cfg(test)]
 pub(crate) mod gguf_writer;
 pub mod safetensors;
+mod superblock;
 pub mod tensor;
 
 use std::collections::BTreeMap;
@@ -308,7 +309,7 @@ mod tests {
         refused(tiny_llama(F32).text("llama.block_count", "two"), "`llama.block_count` is a text");
         refused(tiny_llama(F32).unsigned("llama.attention.head_count", 0), "num_attention_heads");
         refused(tiny_llama(F32).floats("blk.0.odd.weight", &[1], &[0.0]), "`blk.0.odd.weight`");
-        refused(tiny_llama(F32).tensor("output.weight", &[270, 256], 12, vec![0; 270 * 144]), "Q4_K");
+        refused(tiny_llama(F32).tensor("output.weight", &[270, 256], 16, vec![0; 270 * 66]), "IQ2_XXS");
         refused(
             tiny_llama(F32).tensor("output.weight", &[2, 20], Q8_0, vec![0; 64]),
             "no whole number of blocks",

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 use thiserror::Error;
 
-use crate::format::block::{BLOCK, BlockFormat};
+use crate::format::block::BlockFormat;
 use crate::format::tensor::{Tensor, TensorData};
 use crate::format::{FormatError, map};
 use crate::matrix::Bytes;
@@ -56,7 +56,7 @@ pub enum GgufError {
     #[error("tensor `{tensor}`: {what}")]
     BadTensor { tensor: String, what: String },
     #[error(
-        "tensor `{tensor}` has the type {kind}, which is not supported; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0; hint: take the Q8_0 or F16 file of the same model"
+        "tensor `{tensor}` has the type {kind}, which is not supported; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS; hint: take the Q4_K_M, Q8_0 or F16 file of the same model"
     )]
     UnsupportedType { tensor: String, kind: String },
     #[error("{what} is not supported; hint: {hint}")]
@@ -290,7 +290,7 @@ impl TensorInfo {
         let (block, block_bytes) = match kind {
             Kind::F32 => (1, 4),
             Kind::F16 | Kind::Bf16 => (1, 2),
-            Kind::Blocks(format) => (BLOCK as u64, format.block_bytes() as u64),
+            Kind::Blocks(format) => (format.block_values() as u64, format.block_bytes() as u64),
         };
         if cols == 0 || !cols.is_multiple_of(block) {
             return Err(bad(format!("rows of {cols} values are no whole number of blocks of {block}")));
@@ -326,22 +326,22 @@ fn kind(code: u32) -> Result<Kind, String> {
         6 => return Ok(Kind::Blocks(BlockFormat::Q5_0)),
         7 => return Ok(Kind::Blocks(BlockFormat::Q5_1)),
         8 => return Ok(Kind::Blocks(BlockFormat::Q8_0)),
+        10 => return Ok(Kind::Blocks(BlockFormat::Q2K)),
+        11 => return Ok(Kind::Blocks(BlockFormat::Q3K)),
+        12 => return Ok(Kind::Blocks(BlockFormat::Q4K)),
+        13 => return Ok(Kind::Blocks(BlockFormat::Q5K)),
+        14 => return Ok(Kind::Blocks(BlockFormat::Q6K)),
+        20 => return Ok(Kind::Blocks(BlockFormat::Iq4Nl)),
+        23 => return Ok(Kind::Blocks(BlockFormat::Iq4Xs)),
         30 => return Ok(Kind::Bf16),
         9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",

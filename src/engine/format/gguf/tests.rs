@@ -112,7 +112,8 @@ fn hostile_headers_are_refused_with_the_culprit() {
     check(|bytes| put(bytes, 79, u64::MAX - 31), "tensor `t`: needs 16 bytes");
     check(|bytes| put(bytes, 79, 1), "no multiple of the alignment");
     check(|bytes| bytes[75] = 200, "200 (unknown)");
-    check(|bytes| bytes[75] = 14, "Q6_K");
+    check(|bytes| bytes[75] = 14, "no whole number of blocks of 256");
+    check(|bytes| bytes[75] = 19, "the type IQ1_S, which is not supported; supported: F32");
 }
 
 #[test]
