@@ -9,6 +9,8 @@
 //! hostile file is an error that names the culprit, never a panic or an unbounded allocation.
 
 pub mod block;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod gguf;
 pub mod gguf_llama;
 #[cfg(test)]

@@ -108,7 +108,8 @@ pub(crate) fn decode_iq4_xs(block: &[u8], out: &mut [f32]) {
     let d = half(block, 0);
     for (run, out) in out.chunks_exact_mut(32).enumerate() {
         let low = block[4 + run / 2] >> (run % 2 * 4) & 15;
-        let scale = d * (f32::from(low | (high >> (run * 2) & 3) as u8 * 16) - 32.0);
+        let high = (high >> (run * 2) & 3) as u8;
+        let scale = d * (f32::from(low | high << 4) - 32.0);
         let codes = &block[8 + run * 16..8 + (run + 1) * 16];
         for (i, value) in out.iter_mut().enumerate() {
             *value = scale * IQ4_CODE[usize::from(nibble(codes, i, 16))];
