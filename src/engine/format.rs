@@ -9,11 +9,14 @@
 //! hostile file is an error that names the culprit, never a panic or an unbounded allocation.
 
 pub mod block;
+#[cfg(test)]
+pub(crate) mod fuzz;
 pub mod gguf;
 pub mod gguf_llama;
 #[cfg(test)]
 pub(crate) mod gguf_writer;
 pub mod safetensors;
+mod superblock;
 pub mod tensor;
 
 use std::collections::BTreeMap;
@@ -27,7 +30,7 @@ use thiserror::Error;
 use crate::format::gguf::{Gguf, GgufError};
 use crate::format::safetensors::{SafetensorsError, TensorFiles};
 pub use crate::format::tensor::{Tensor, TensorData};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, Values};
 use crate::model::ModelConfig;
 use crate::model::config::ConfigError;
 
@@ -46,6 +49,10 @@ pub enum FormatError {
     Safetensors { path: PathBuf, cause: SafetensorsError },
     #[error("`{path}` has no tensor `{tensor}`")]
     MissingTensor { path: PathBuf, tensor: String },
+    #[error(
+        "tensor `{tensor}` of `{path}` holds a value that is no finite number, in row {row}; hint: the file is corrupt"
+    )]
+    NotFinite { path: PathBuf, tensor: String, row: usize },
     #[error("tensor `{tensor}` of `{path}` has shape {shape:?}, expected {expected}")]
     Shape { path: PathBuf, tensor: String, shape: Vec<usize>, expected: String },
 }
@@ -146,7 +153,15 @@ impl Checkpoint {
     pub fn matrix(&self, name: &str) -> Result<Matrix, FormatError> {
         let tensor = self.tensor(name)?;
         match tensor.shape[..] {
-            [rows, cols] => Ok(Matrix { rows, cols, values: tensor.into_values() }),
+            [rows, cols] => {
+                let blocks = matches!(tensor.data, TensorData::Blocks(..));
+                let matrix = Matrix { rows, cols, values: tensor.into_values() };
+                if let (true, Values::F32(bytes)) = (blocks, &matrix.values) {
+                    let float = |bytes: &[u8]| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    self.ensure_finite(name, cols, bytes.as_slice().chunks_exact(4).map(float))?;
+                }
+                Ok(matrix)
+            }
             _ => Err(self.shape_error(name, &tensor, "two dimensions")),
         }
     }
@@ -158,9 +173,25 @@ impl Checkpoint {
             [len] => {
                 let mut out = vec![0.0; len];
                 tensor.decode_rows(0, &mut out);
+                self.ensure_finite(name, 1, out.iter().copied())?;
                 Ok(out)
             }
             _ => Err(self.shape_error(name, &tensor, "one dimension")),
+        }
+    }
+
+    fn ensure_finite(
+        &self,
+        name: &str,
+        cols: usize,
+        mut values: impl Iterator<Item = f32>,
+    ) -> Result<(), FormatError> {
+        match values.position(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(at) => {
+                let (path, tensor) = (self.path.clone(), name.to_owned());
+                Err(FormatError::NotFinite { path, tensor, row: at / cols })
+            }
         }
     }
 
@@ -191,7 +222,6 @@ mod tests {
     use super::gguf_writer::{BF16, F16, F32, GgufWriter, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, tiny_llama};
     use super::*;
     use crate::format::gguf::Value;
-    use crate::matrix::Values;
     use crate::model::RopeScaling;
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden");
@@ -301,19 +331,33 @@ mod tests {
     fn what_cannot_be_read_is_refused_by_name() {
         refused(tiny_llama(F32).text("general.architecture", "gemma2"), "`gemma2` is not supported yet");
         refused(tiny_llama(F32).unsigned("llama.expert_count", 8), "mixture of experts");
-        refused(tiny_llama(F32).unsigned("split.count", 3), "split over several files");
+        refused(tiny_llama(F32).unsigned("split.count", 3), "is part 1 of a model split into 3 files");
         refused(tiny_llama(F32).unsigned("llama.rope.dimension_count", 8), "rotating 8 of 16");
         refused(tiny_llama(F32).text("llama.rope.scaling.type", "yarn"), "rope scaling `yarn`");
         refused(tiny_llama(F32).remove("llama.block_count"), "`llama.block_count` is missing");
         refused(tiny_llama(F32).text("llama.block_count", "two"), "`llama.block_count` is a text");
         refused(tiny_llama(F32).unsigned("llama.attention.head_count", 0), "num_attention_heads");
         refused(tiny_llama(F32).floats("blk.0.odd.weight", &[1], &[0.0]), "`blk.0.odd.weight`");
-        refused(tiny_llama(F32).tensor("output.weight", &[270, 256], 12, vec![0; 270 * 144]), "Q4_K");
+        refused(tiny_llama(F32).tensor("output.weight", &[270, 256], 16, vec![0; 270 * 66]), "IQ2_XXS");
         refused(
             tiny_llama(F32).tensor("output.weight", &[2, 20], Q8_0, vec![0; 64]),
             "no whole number of blocks",
         );
         refused(tiny_llama(F32).floats("rope_freqs.weight", &[8], &[3.0; 8]), "rope_freqs.weight");
+    }
+
+    #[test]
+    fn scales_that_are_no_numbers_name_the_tensor_and_row() {
+        let mut bytes = vec![0; 270 * 2 * 34];
+        bytes[3 * 2 * 34..][..2].copy_from_slice(&0x7c00u16.to_le_bytes());
+        bytes[3 * 2 * 34 + 2] = 1;
+        let mut file = tiny_llama(F32);
+        file.tensor("output.weight", &[270, 64], Q8_0, bytes);
+        file.floats("output_norm.weight", &[64], &[f32::NAN; 64]);
+        let checkpoint = open_gguf(&file).unwrap();
+        let error = checkpoint.matrix("lm_head.weight").err().unwrap().to_string();
+        assert!(error.contains("`lm_head.weight`") && error.contains("row 3"), "{error}");
+        assert!(matches!(checkpoint.vector("model.norm.weight"), Err(FormatError::NotFinite { row: 0, .. })));
     }
 
     #[test]

@@ -7,6 +7,8 @@
 //! ```
 
 mod files;
+#[cfg(test)]
+mod fuzz;
 mod gguf_vocabulary;
 pub mod supervise;
 pub mod template;
@@ -67,8 +69,16 @@ pub enum TokenizerError {
     SpecialInContent { index: usize, role: String, token: String },
     #[error("message {index} (assistant) comes first; hint: begin with a user message")]
     AssistantFirst { index: usize },
-    #[error("the chat template changes what precedes message {index} when that message follows ({what})")]
-    NotAPrefix { index: usize, what: &'static str },
+    #[error(
+        "the chat template's generation prompt, which ends in (`{}`), is not how the answer in message {index} begins (`{}`); hint: take a template without forced thinking, or put what the prompt opens into the answers",
+        prompt.escape_debug(),
+        written.escape_debug()
+    )]
+    OtherPrompt { index: usize, prompt: String, written: String },
+    #[error(
+        "the chat template rewrites the answer in message {index} once other messages follow; hint: make an example of its own of each answer"
+    )]
+    HistoryRewritten { index: usize },
     #[error("the chat template changes the text of message {index}, so its tokens cannot be told apart")]
     ContentAltered { index: usize },
     #[error(
@@ -103,6 +113,8 @@ pub struct Tokenizer {
     /// Kept for saving.
     post_processor: Option<PostProcessorWrapper>,
     special_ids: BTreeSet<u32>,
+    /// Tokens that are cut out of a text first, special or not.
+    added_ids: BTreeSet<u32>,
     /// Matches any special token; `None` where there are none.
     special_pattern: Option<Regex>,
     settings: Settings,
@@ -192,6 +204,7 @@ impl Tokenizer {
             post_processor,
             special_pattern: pattern(specials.values()).map_err(|error| invalid(error.to_string()))?,
             special_ids: specials.into_keys().collect(),
+            added_ids: inner.get_added_tokens_decoder().into_keys().collect(),
             settings,
             bos,
             eos,

@@ -1,5 +1,5 @@
-//! GGUF's block formats with 32 values: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0. Decodes exactly as llama.cpp's
-//! `dequantize_row_*`; knows nothing of files.
+//! GGUF's block formats: those with 32 values (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL) here, those with 256 in
+//! `superblock`. Decodes exactly as llama.cpp's `dequantize_row_*`; knows nothing of files.
 //!
 //! ```text
 //! Q4_0 (18 bytes)  d f16 │ 16 × (low nibble: value i, high nibble: value i + 16)          d · (q - 8)
@@ -7,13 +7,23 @@
 //! Q5_0 (22 bytes)  d f16 │ fifth bits u32 │ 16 nibble pairs                               d · (q - 16)
 //! Q5_1 (24 bytes)  d f16 │ m f16 │ fifth bits u32 │ 16 nibble pairs                       d · q + m
 //! Q8_0 (34 bytes)  d f16 │ 32 × i8                                                        d · q
+//! IQ4_NL (18 bytes) d f16 │ 16 nibble pairs                                               d · CODE[q]
 //! ```
 //! A product of an f16 and at most 8 bits is exact in f32, so a fused multiply-add gives the same bits.
 
 use half::f16;
 
-/// Values in a block of each of these formats.
-pub const BLOCK: usize = 32;
+use crate::format::superblock::{
+    SUPERBLOCK, decode_iq4_xs, decode_q2_k, decode_q3_k, decode_q4_k, decode_q5_k, decode_q6_k,
+};
+
+/// Values in a block of the simple formats.
+const BLOCK: usize = 32;
+
+/// What a nibble of the IQ4 formats stands for.
+pub(crate) const IQ4_CODE: [f32; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+];
 
 /// Which block format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,34 +33,76 @@ pub enum BlockFormat {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+    Iq4Nl,
+    Iq4Xs,
 }
 
 impl BlockFormat {
-    /// Bytes of a block of 32 values.
+    /// Values in a block; a row is a whole number of blocks.
+    pub fn block_values(self) -> usize {
+        match self {
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl => BLOCK,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => SUPERBLOCK,
+        }
+    }
+
+    /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         match self {
-            Self::Q4_0 => 18,
+            Self::Q4_0 | Self::Iq4Nl => 18,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
             Self::Q8_0 => 34,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+            Self::Iq4Xs => 136,
         }
     }
 
-    /// Decodes `out.len()` values from flat index `start` of `bytes`; both multiples of 32.
+    /// Decodes `out.len()` values from flat index `start` of `bytes`; both multiples of `block_values`.
     pub fn decode(self, bytes: &[u8], start: usize, out: &mut [f32]) {
+        let values = self.block_values();
         assert!(
-            start.is_multiple_of(BLOCK) && out.len().is_multiple_of(BLOCK),
+            start.is_multiple_of(values) && out.len().is_multiple_of(values),
             "BUG: a run of blocks starts or ends within a block"
         );
-        let blocks = bytes[start / BLOCK * self.block_bytes()..].chunks_exact(self.block_bytes());
-        for (out, block) in out.chunks_exact_mut(BLOCK).zip(blocks) {
+        let blocks = bytes[start / values * self.block_bytes()..].chunks_exact(self.block_bytes());
+        for (out, block) in out.chunks_exact_mut(values).zip(blocks) {
             match self {
-                Self::Q4_0 => decode_nibbles(half(block, 0), 0.0, -8.0, 0, &block[2..], out),
-                Self::Q4_1 => decode_nibbles(half(block, 0), half(block, 2), 0.0, 0, &block[4..], out),
-                Self::Q5_0 => decode_nibbles(half(block, 0), 0.0, -16.0, word(block, 2), &block[6..], out),
+                Self::Q2K => decode_q2_k(block, out),
+                Self::Q3K => decode_q3_k(block, out),
+                Self::Q4K => decode_q4_k(block, out),
+                Self::Q5K => decode_q5_k(block, out),
+                Self::Q6K => decode_q6_k(block, out),
+                Self::Iq4Xs => decode_iq4_xs(block, out),
+                Self::Iq4Nl => {
+                    let scale = half(block, 0);
+                    decode_nibbles(0, &block[2..], out, |code| scale * IQ4_CODE[code as usize]);
+                }
+                Self::Q4_0 => {
+                    let scale = half(block, 0);
+                    decode_nibbles(0, &block[2..], out, |code| (code - 8.0) * scale);
+                }
+                Self::Q4_1 => {
+                    let (scale, min) = (half(block, 0), half(block, 2));
+                    decode_nibbles(0, &block[4..], out, |code| code * scale + min);
+                }
+                Self::Q5_0 => {
+                    let scale = half(block, 0);
+                    decode_nibbles(word(block, 2), &block[6..], out, |code| (code - 16.0) * scale);
+                }
                 Self::Q5_1 => {
-                    decode_nibbles(half(block, 0), half(block, 2), 0.0, word(block, 4), &block[8..], out);
+                    let (scale, min) = (half(block, 0), half(block, 2));
+                    decode_nibbles(word(block, 4), &block[8..], out, |code| code * scale + min);
                 }
                 Self::Q8_0 => {
                     let scale = half(block, 0);
@@ -63,18 +115,19 @@ impl BlockFormat {
     }
 }
 
-/// out (32) = (nibble + 16 · fifth bit + shift) * scale + min.
-fn decode_nibbles(scale: f32, min: f32, shift: f32, fifth_bits: u32, nibbles: &[u8], out: &mut [f32]) {
+/// out (32) = value(nibble + 16 · fifth bit); low nibbles are the first half.
+fn decode_nibbles(fifth_bits: u32, nibbles: &[u8], out: &mut [f32], value: impl Fn(f32) -> f32) {
     let (low, high) = out.split_at_mut(BLOCK / 2);
     for (i, &byte) in nibbles.iter().enumerate() {
         let low_code = u32::from(byte & 15) | (fifth_bits >> i & 1) << 4;
         let high_code = u32::from(byte >> 4) | (fifth_bits >> (i + 16) & 1) << 4;
-        low[i] = (low_code as f32 + shift) * scale + min;
-        high[i] = (high_code as f32 + shift) * scale + min;
+        low[i] = value(low_code as f32);
+        high[i] = value(high_code as f32);
     }
 }
 
-fn half(block: &[u8], at: usize) -> f32 {
+/// The f16 at byte `at`.
+pub(crate) fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
@@ -84,61 +137,57 @@ fn word(block: &[u8], at: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::SafeTensors;
+
     use super::*;
 
-    /// A block's bytes and its values as little-endian f32, both in hex. From the `gguf` Python package 0.19.0,
-    /// `gguf.quants.dequantize`, on bytes ((91 k² + 57 k + 31 i + 13) >> 1) & 255 (i: the format's place in this
-    /// list) with d = 0.0371 (i + 1) and, where there is one, m = -0.2913 (i + 1).
-    const GOLDEN: [(BlockFormat, &str, &str); 5] = [
-        (
-            BlockFormat::Q4_0,
-            "c028f5f5500617834a6ce9c1f4826baf4e48",
-            "0000e4bd0000e4bd000098be000098bd000018bd00003ebe0000983d0000183e0000183d000085be000018be000064be0000e43d0000853e0000643e000000000000853e0000853e0000e4bd000098be000085be00000000000018be000098bd0000643e0000183e0000853e00000000000098bd0000983d000018be000018be",
-        ),
-        (
-            BlockFormat::Q4_1,
-            "c02ca9b8601627935a7cf9d104927bbf5e58ad5d",
-            "002015bf00800cbe000081bd0040b8be0080233e00c09d3e0000af3d002002bf004092be0040debe00806f3e00e0073f00c0e93e0000383c00c0c33e00c0c33e00800cbe002002bf0040debe0000af3d008058be000081bd00e0073f00c0c33e002015bf0000af3d000081bd00806f3e008058be008058be0080233e008058be",
-        ),
-        (
-            BlockFormat::Q5_0,
-            "202f14146f2536a2698b08e013a18ace6d67bc6c77dd",
-            "00808ebf0080c7bf0040803f00800ebf0000643f0000e4bf0040b9bf00c0d5bf00002bbf000064be0040b93f004080bf0000ab3f0000e4be004080bf0000abbe0000ab3e00808e3f00002b3f0000643f0000e4bf0080c73f0000e43d00002bbf0000643f0000e4be00002b3f00808ebf00800ebf00002b3f004080bf0000abbe",
-        ),
-        (
-            BlockFormat::Q5_1,
-            "c030a9bc7f3546b2799b18f023b19ade7d77cc7c87edaeca",
-            "00f0224000f035400070194000e09a3f00e0d33f00e0ad3f00702c4000c0693f00f04840000001be00703f4000c01d3f00f00f4000f0484000c0693f0080a33e000001be00f0224000e0ad3f00e0873f00405ebf0080ef3e00f0224000c0433f000001be00f00f4000c01d3f000001be00701940007052400080a33e00703f40",
-        ),
-        (
-            BlockFormat::Q8_0,
-            "f03133338e4455c188aa27ff32c0a9ed8c86db8b96fcbdd950224fd7baf89185d47e",
-            "00681741006817410038a9c100e0494100587c4100083bc10020b2c100507fc10090e74000003ebe0070144100003ec1002481c100a061c00030acc10018b5c100b0dbc000acadc100589dc100003ebf00e846c10090e7c000806d4100e0c94000886a410070f3c000d04fc10000bebf00c4a4c10094b6c100a002c10008bb41",
-        ),
+    const FORMATS: [(&str, BlockFormat); 12] = [
+        ("Q4_0", BlockFormat::Q4_0),
+        ("Q4_1", BlockFormat::Q4_1),
+        ("Q5_0", BlockFormat::Q5_0),
+        ("Q5_1", BlockFormat::Q5_1),
+        ("Q8_0", BlockFormat::Q8_0),
+        ("Q2_K", BlockFormat::Q2K),
+        ("Q3_K", BlockFormat::Q3K),
+        ("Q4_K", BlockFormat::Q4K),
+        ("Q5_K", BlockFormat::Q5K),
+        ("Q6_K", BlockFormat::Q6K),
+        ("IQ4_NL", BlockFormat::Iq4Nl),
+        ("IQ4_XS", BlockFormat::Iq4Xs),
     ];
 
-    fn bytes(hex: &str) -> Vec<u8> {
-        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
-    }
-
-    #[test]
-    fn blocks_decode_as_llama_cpp_decodes_them() {
-        for (format, block, expected) in GOLDEN {
-            let block = bytes(block);
-            assert_eq!(block.len(), format.block_bytes());
-            let mut out = [0.0; BLOCK];
-            format.decode(&block, 0, &mut out);
-            let out: Vec<u8> = out.iter().flat_map(|value| value.to_le_bytes()).collect();
-            assert_eq!(out, bytes(expected), "{format:?}");
+    /// Blocks and their values as the `gguf` Python package decodes them (`tests/golden/gguf_golden.py`).
+    fn golden(check: impl Fn(&str, BlockFormat, &[u8], &[u8])) {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/gguf_blocks.safetensors");
+        let file = std::fs::read(path).unwrap();
+        let file = SafeTensors::deserialize(&file).unwrap();
+        for (name, format) in FORMATS {
+            let [blocks, values] = ["bytes", "values"].map(|part| file.tensor(&format!("{name}.{part}")));
+            check(name, format, blocks.unwrap().data(), values.unwrap().data());
         }
     }
 
     #[test]
+    fn blocks_decode_bit_for_bit_as_llama_cpp_decodes_them() {
+        golden(|name, format, blocks, expected| {
+            assert!(blocks.len() >= 6 * format.block_bytes(), "{name}");
+            let mut out = vec![0.0; blocks.len() / format.block_bytes() * format.block_values()];
+            format.decode(blocks, 0, &mut out);
+            assert_eq!(out.len() * 4, expected.len(), "{name}");
+            for (at, (value, expected)) in out.iter().zip(expected.chunks_exact(4)).enumerate() {
+                assert_eq!(value.to_le_bytes(), expected, "{name} value {at}: {value}");
+            }
+        });
+    }
+
+    #[test]
     fn a_run_of_blocks_starts_anywhere() {
-        let (format, block, expected) = GOLDEN[3];
-        let two = [vec![0; format.block_bytes()], bytes(block)].concat();
-        let mut out = [0.0; BLOCK];
-        format.decode(&two, BLOCK, &mut out);
-        assert_eq!(out[0].to_le_bytes(), bytes(expected)[..4]);
+        golden(|name, format, blocks, expected| {
+            let values = format.block_values();
+            let mut out = vec![0.0; values];
+            format.decode(blocks, 2 * values, &mut out);
+            let out: Vec<u8> = out.iter().flat_map(|value| value.to_le_bytes()).collect();
+            assert!(out == expected[2 * values * 4..3 * values * 4], "{name}");
+        });
     }
 }

@@ -38,6 +38,10 @@ impl GgufWriter {
         self
     }
 
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
+        self.entries.iter().find(|(present, _)| present == key).map(|(_, value)| value)
+    }
+
     pub(crate) fn text(&mut self, key: &str, text: &str) -> &mut Self {
         self.set(key, Value::Text(text.to_owned()))
     }
@@ -54,6 +58,11 @@ impl GgufWriter {
         self.entries.retain(|(present, _)| present != key);
         self.tensors.retain(|(name, ..)| name != key);
         self
+    }
+
+    /// Takes all tensors out.
+    pub(crate) fn keep_entries_alone(&mut self) {
+        self.tensors.clear();
     }
 
     /// Adds a tensor; `shape` outermost first.

@@ -8,12 +8,14 @@
 //! and whose sums can overflow on hostile offsets.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use thiserror::Error;
 
@@ -49,10 +51,16 @@ pub enum SafetensorsError {
     Dtype { tensor: String, dtype: String },
     #[error("4-bit tensor `{tensor}`: {what}")]
     QuantState { tensor: String, what: String },
+    #[error("tensors `{first}` and `{second}` overlap; hint: the file is corrupt")]
+    Overlap { first: String, second: String },
+    #[error("the header names `{tensor}` twice")]
+    NamedTwice { tensor: String },
     #[error("tensor `{tensor}` is also in `{other}`")]
     Duplicate { tensor: String, other: PathBuf },
     #[error("index names `{file}`, which is no plain file name")]
     ShardName { file: String },
+    #[error("index names the file `{file}`, which is not there; hint: put all shards into one folder")]
+    MissingShard { file: String },
     #[error("index names tensor `{tensor}`, which none of its files has")]
     MissingFromShards { tensor: String },
 }
@@ -104,6 +112,11 @@ impl TensorFiles {
             weight_map: BTreeMap<String, String>,
         }
         let fail = |cause| FormatError::Safetensors { path: index_path.to_owned(), cause };
+        let len = fs_err::metadata(index_path)?.len();
+        if len > HEADER_BYTES_MAX {
+            let cause = format!("it has {len} bytes, more than the limit of {HEADER_BYTES_MAX}");
+            return Err(fail(SafetensorsError::Header { cause }));
+        }
         let text = fs_err::read_to_string(index_path)?;
         let index: Index = serde_json::from_str(&text)
             .map_err(|error| fail(SafetensorsError::Header { cause: error.to_string() }))?;
@@ -116,7 +129,11 @@ impl TensorFiles {
             if !matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) {
                 return Err(fail(SafetensorsError::ShardName { file: file.clone() }));
             }
-            add_file(&folder.join(file), &mut tensors)?;
+            let path = folder.join(file);
+            if !path.exists() {
+                return Err(fail(SafetensorsError::MissingShard { file: file.clone() }));
+            }
+            add_file(&path, &mut tensors)?;
         }
         match index.weight_map.keys().find(|name| !tensors.contains_key(*name)) {
             Some(tensor) => Err(fail(SafetensorsError::MissingFromShards { tensor: tensor.clone() })),
@@ -201,6 +218,9 @@ impl TensorFiles {
             }
             other => return Err(bad(&format!("absmax has dtype {other}"))),
         };
+        if let Some(block) = absmax.iter().position(|scale| !scale.is_finite()) {
+            return Err(bad(&format!("the scale of its block {block} is no finite number")));
+        }
         let len = state.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
         let nf4 = len.and_then(|len| Nf4::from_parts(entry.bytes(), absmax.into(), len));
         let nf4 = nf4.ok_or_else(|| bad(&format!("its parts do not fit the shape {:?}", state.shape)))?;
@@ -256,13 +276,49 @@ fn parse(file: &[u8]) -> Result<Vec<Parsed>, SafetensorsError> {
     }
     let data_start = 8 + length as usize;
     let header = file.get(8..data_start).ok_or_else(|| truncated(8 + length))?;
-    let header: BTreeMap<String, Value> = serde_json::from_slice(header)
+    let Entries(mut header) = serde_json::from_slice(header)
         .map_err(|error| SafetensorsError::Header { cause: error.to_string() })?;
-    header
+    header.sort_by(|a, b| a.0.cmp(&b.0));
+    if let Some(pair) = header.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(SafetensorsError::NamedTwice { tensor: pair[0].0.clone() });
+    }
+    let parsed = header
         .into_iter()
         .filter(|(name, _)| name != "__metadata__")
         .map(|(name, info)| parse_tensor(name, info, data_start, file.len()))
-        .collect()
+        .collect::<Result<Vec<Parsed>, _>>()?;
+    let mut by_place: Vec<_> = parsed.iter().map(|(name, _, _, range)| (range, name)).collect();
+    by_place.retain(|(range, _)| !range.is_empty());
+    by_place.sort_by_key(|(range, _)| range.start);
+    match by_place.windows(2).find(|pair| pair[0].0.end > pair[1].0.start) {
+        Some(pair) => Err(SafetensorsError::Overlap { first: pair[0].1.clone(), second: pair[1].1.clone() }),
+        None => Ok(parsed),
+    }
+}
+
+/// The header's entries in its own order; a map would let a name that comes twice pass.
+struct Entries(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Entries;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Collect)
+    }
 }
 
 fn parse_tensor(
@@ -339,6 +395,10 @@ mod tests {
         refused(r#"{"a":{"dtype":"F8","shape":[8],"data_offsets":[0,8]}}"#, 8, "tensor `a` has dtype F8");
         refused(r#"{"a":{"dtype":"F32"}}"#, 8, "tensor `a`: missing field");
         refused("[", 8, "header is not JSON");
+        refused(&format!("{{\"a\":{}", "[".repeat(100_000)), 8, "recursion limit");
+        let two = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+        refused(two, 12, "tensors `a` and `b` overlap");
+        refused(&two.replace("\"b\"", "\"a\"").replace("[4,12]", "[8,16]"), 16, "names `a` twice");
         assert_eq!(parse(&[1, 2, 3]), Err(SafetensorsError::Truncated { needed: 8, len: 3 }));
         let mut huge = file(TWO_FLOATS, 8);
         huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
@@ -371,7 +431,9 @@ mod tests {
         let error = |map: &str| index(map).err().unwrap().to_string();
         assert!(error(r#"{"a":"../x-1.safetensors"}"#).contains("no plain file name"));
         assert!(error(r#"{"c":"x-1.safetensors"}"#).contains("names tensor `c`"));
-        assert!(error(r#"{"a":"x-3.safetensors"}"#).contains("x-3.safetensors"));
+        assert!(
+            error(r#"{"a":"x-3.safetensors"}"#).contains("the file `x-3.safetensors`, which is not there")
+        );
         std::fs::write(at("x-2.safetensors"), file(TWO_FLOATS, 8)).unwrap();
         assert!(error(r#"{"a":"x-1.safetensors","b":"x-2.safetensors"}"#).contains("is also in"));
     }

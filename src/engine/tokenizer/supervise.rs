@@ -3,7 +3,7 @@
 //!
 //! The whole conversation is tokenised once. Turn by turn, the template is rendered up to the answer (with the
 //! generation prompt) and up to its end; the first text must be a prefix of the second, and the second of the
-//! whole, so the border is known in bytes and, by the tokens' offsets, in tokens:
+//! whole up to the end of its turn, so the border is known in bytes and, by the tokens' offsets, in tokens:
 //!
 //! ```text
 //! <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n…
@@ -66,20 +66,22 @@ impl Tokenizer {
         }
         let prefix = self.render(&messages[..index], true)?;
         let upto = self.render(&messages[..=index], false)?;
-        if !upto.starts_with(&prefix) {
-            return Err(TokenizerError::NotAPrefix { index, what: "the generation prompt" });
-        }
-        if !text.starts_with(&upto) {
-            return Err(TokenizerError::NotAPrefix { index: index + 1, what: "an earlier answer" });
+        let shared = common(&prefix, &upto);
+        if shared < prefix.len() {
+            let excerpt = |text: &str| text[shared..].chars().take(24).collect();
+            let (prompt, written) = (excerpt(&prefix), excerpt(&upto));
+            return Err(TokenizerError::OtherPrompt { index, prompt, written });
         }
         let content = messages[index].content.trim();
         let at = upto[prefix.len()..].find(content).ok_or(TokenizerError::ContentAltered { index })?;
-        Ok(Turn {
-            index,
-            start: prefix.len(),
-            content_end: prefix.len() + at + content.len(),
-            end: upto.len(),
-        })
+        let content_end = prefix.len() + at + content.len();
+        // What follows the answer may differ (some templates end the last turn with the end of text, too), as
+        // long as the words and the end of the turn are the same.
+        let end = common(&upto, text);
+        if end < content_end || end == content_end && end < upto.len() {
+            return Err(TokenizerError::HistoryRewritten { index });
+        }
+        Ok(Turn { index, start: prefix.len(), content_end, end })
     }
 
     /// Indices of the first and last token learnt in a turn.
@@ -95,6 +97,7 @@ impl Tokenizer {
         if first > 0 && offsets[first - 1].1 > turn.start {
             return Err(TokenizerError::Straddles { index });
         }
+        let mut marker = None;
         for token in first..ids.len() {
             let (start, end) = offsets[token];
             if end > turn.end {
@@ -108,10 +111,23 @@ impl Tokenizer {
             if ends_turn {
                 return Ok((first, token));
             }
+            // Some files do not call their end-of-turn token special.
+            if start >= turn.content_end && marker.is_none() && self.added_ids.contains(&ids[token]) {
+                marker = Some(token);
+            }
+        }
+        if let Some(last) = marker {
+            return Ok((first, last));
         }
         let written = text.get(turn.content_end..turn.end).unwrap_or_default().to_owned();
         Err(TokenizerError::NoEndOfTurn { index, written })
     }
+}
+
+/// Bytes of the longest common beginning, at a character's border.
+fn common(a: &str, b: &str) -> usize {
+    let bytes = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    a.floor_char_boundary(bytes)
 }
 
 #[cfg(test)]
@@ -204,9 +220,15 @@ mod tests {
         let upper = CHATML.replace("message['content']", "message['content'].upper()");
         refused(&upper, &messages, "changes the text of message 1");
         let forgetful = CHATML.replace("messages %}", "messages[-2:] %}");
-        refused(&forgetful, &messages, "an earlier answer");
+        refused(&forgetful, &messages, "rewrites the answer in message 1");
+        let rewriting = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + ('' if m.role == 'user' or loop.last else 'ok ') + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+        refused(rewriting, &messages, "rewrites the answer in message 1");
         let other_prompt = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>model\n");
-        refused(&other_prompt, &messages, "the generation prompt");
+        refused(
+            &other_prompt,
+            &messages,
+            "(`model\\n`), is not how the answer in message 1 begins (`assistant\\nhello",
+        );
         let spaced = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
         refused(spaced, &messages[..2], "spans the border");
         refused("{{ raise_exception('no') }}", &messages, "the chat template fails");
@@ -225,5 +247,140 @@ mod tests {
         assert_eq!(with_template(CHATML).end_of_turn_ids(), [2]);
         assert_eq!(with_template(&CHATML.replace("<|im_end|>", "<|endoftext|>")).end_of_turn_ids(), [0, 2]);
         assert_eq!(with_template("{{ raise_exception('no') }}").end_of_turn_ids(), [2]);
+    }
+
+    mod real_templates {
+        use super::*;
+        use crate::format::gguf::Value;
+        use crate::format::gguf_writer::{F32, tiny_llama};
+        use crate::tokenizer::tests::open;
+
+        const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/templates");
+
+        /// The tiny vocabulary with every special token the template names, of which `bos` comes first.
+        fn tokenizer(name: &str, bos: Option<&str>) -> Tokenizer {
+            let source = std::fs::read_to_string(format!("{FOLDER}/{name}.jinja")).unwrap();
+            let markers = regex::Regex::new(
+                r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_turn>|<BOS_TOKEN>|<bos>|<s>|\[gMASK\]|<sop>",
+            )
+            .unwrap();
+            let mut file = tiny_llama(F32);
+            let Some(Value::List(mut tokens)) = file.get("tokenizer.ggml.tokens").cloned() else { panic!() };
+            let Some(Value::List(mut types)) = file.get("tokenizer.ggml.token_type").cloned() else {
+                panic!()
+            };
+            let found = markers.find_iter(&source).map(|found| found.as_str());
+            for marker in found.chain(bos).chain(["</s>"]) {
+                let marker = Value::Text(marker.to_owned());
+                if !tokens.contains(&marker) {
+                    tokens.push(marker);
+                    types.push(Value::Signed(3));
+                }
+            }
+            let bos =
+                bos.map(|bos| tokens.iter().position(|token| *token == Value::Text(bos.to_owned())).unwrap());
+            let eos = tokens.iter().position(|token| *token == Value::Text("</s>".to_owned())).unwrap();
+            file.set("tokenizer.ggml.tokens", Value::List(tokens));
+            file.set("tokenizer.ggml.token_type", Value::List(types));
+            file.unsigned("tokenizer.ggml.eos_token_id", eos);
+            match bos {
+                Some(bos) => file
+                    .unsigned("tokenizer.ggml.bos_token_id", bos)
+                    .set("tokenizer.ggml.add_bos_token", Value::Bool(true)),
+                None => file.remove("tokenizer.ggml.bos_token_id"),
+            };
+            open(file.text("tokenizer.chat_template", &source)).unwrap()
+        }
+
+        const IM_END: &str = "<|im_end|>";
+        const EOT: &str = "<|eot_id|>";
+        const GEMMA: &str = "<end_of_turn>";
+        const PHI: &str = "<|end|>";
+        const COHERE: &str = "<|END_OF_TURN_TOKEN|>";
+        /// Template, its beginning of text, and what ends a turn.
+        const LEARNT: [(&str, Option<&str>, &str); 16] = [
+            ("smollm2", None, IM_END),
+            ("chatml", None, IM_END),
+            ("qwen2_5", None, IM_END),
+            ("qwen2_5_training", None, IM_END),
+            ("qwen3_instruct_2507", None, IM_END),
+            ("lfm2", Some("<|startoftext|>"), IM_END),
+            ("llama3", Some("<|begin_of_text|>"), EOT),
+            ("llama3_training", Some("<|begin_of_text|>"), EOT),
+            ("llama3_1", Some("<|begin_of_text|>"), EOT),
+            ("llama3_2", Some("<|begin_of_text|>"), EOT),
+            ("gemma", Some("<bos>"), GEMMA),
+            ("gemma3", Some("<bos>"), GEMMA),
+            ("gemma3_training", Some("<bos>"), GEMMA),
+            ("phi3", Some("<s>"), PHI),
+            ("phi3_5", Some("<s>"), PHI),
+            ("cohere", Some("<BOS_TOKEN>"), COHERE),
+        ];
+
+        fn turns() -> Vec<Message> {
+            chat(&[
+                ("user", "What is 6 times 7?"),
+                ("assistant", "It is 42."),
+                ("user", "And 7 times 8?"),
+                ("assistant", "56, naturally."),
+                ("user", "Thanks!"),
+            ])
+        }
+
+        #[test]
+        fn answers_and_their_end_are_learnt() {
+            for (name, bos, end) in LEARNT {
+                let tokenizer = tokenizer(name, bos);
+                let turns = turns();
+                assert_eq!(learnt(&tokenizer, &turns[..2]), format!("It is 42.{end}"), "{name}");
+                let both = format!("It is 42.{end}|56, naturally.{end}");
+                assert_eq!(learnt(&tokenizer, &turns[..4]), both, "{name}");
+                assert_eq!(learnt(&tokenizer, &turns), both, "{name}");
+                assert!(tokenizer.end_of_turn_ids().contains(&tokenizer.id(end).unwrap()), "{name}");
+            }
+        }
+
+        #[test]
+        fn text_begins_with_one_beginning_of_text() {
+            let thinking =
+                [("qwen3", None, ""), ("deepseek_r1_distill", Some("<｜begin▁of▁sentence｜>"), "")];
+            for (name, bos, _) in LEARNT.into_iter().chain(thinking) {
+                let tokenizer = tokenizer(name, bos);
+                let begins = |ids: &[u32]| {
+                    let at = |id: &u32| Some(*id) == tokenizer.bos_id();
+                    (ids.first().is_some_and(at), ids.iter().filter(|id| at(id)).count())
+                };
+                let expected = (bos.is_some(), usize::from(bos.is_some()));
+                let turns = turns();
+                assert_eq!(begins(&tokenizer.prompt_ids(&turns).unwrap()), expected, "{name}");
+                if let Ok(supervised) = tokenizer.supervise(&turns[..4]) {
+                    assert_eq!(begins(&supervised.tokens), expected, "{name}");
+                }
+            }
+        }
+
+        #[test]
+        fn templates_that_think_are_learnt_or_refused_with_the_reason() {
+            let turns = turns();
+            let qwen3 = tokenizer("qwen3", None);
+            assert_eq!(learnt(&qwen3, &turns[..2]), "<think>\n\n</think>\n\nIt is 42.<|im_end|>");
+            let error = qwen3.supervise(&turns[..4]).unwrap_err().to_string();
+            assert!(
+                error.contains("rewrites the answer in message 1") && error.contains("of its own"),
+                "{error}"
+            );
+            let patched = learnt(&tokenizer("qwen3_training", None), &turns[..4]);
+            assert!(
+                patched.contains("It is 42.<|im_end|>|") && patched.ends_with("56, naturally.<|im_end|>"),
+                "{patched}"
+            );
+            let refused = |name: &str, part: &str| {
+                let error = tokenizer(name, None).supervise(&turns[..2]).unwrap_err().to_string();
+                assert!(error.contains(part), "{name}: {error}");
+            };
+            refused("deepseek_r1_distill", "(`<think>\\n`), is not how the answer in message 1 begins");
+            refused("gptoss", "special token `<|channel|>` between the prompt and the answer");
+            refused("glm4moe", "no end-of-turn token follows message 1");
+        }
     }
 }

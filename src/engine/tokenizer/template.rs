@@ -1,22 +1,29 @@
 //! Chat templates: the Jinja programs that models carry, run as Hugging Face runs them. Knows messages and
 //! text; nothing of tokens.
 //!
-//! A template is foreign code: it has no access to files, its steps are counted, and it never sees the clock.
+//! A template is foreign code: it has no access to files, its steps and the bytes it makes are counted (see
+//! `bounds`), and it never sees the clock. What Python would write, `python` writes.
 //! `strftime_now` answers with a fixed day, because a prompt must have the same tokens in training, in the
 //! cache and when served; it is the day templates themselves fall back to where that function is missing.
 
+mod bounds;
+mod python;
+
 use std::borrow::Cow;
+use std::io;
 use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, context};
+use minijinja::value::ValueKind;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
-use serde_json::ser::{Formatter, PrettyFormatter};
 
 /// Instructions of a rendering; a conversation of a thousand turns takes well below a million.
 const FUEL: u64 = 20_000_000;
+/// Texts between tags are written without being counted, so there is less fuel where they are long: about as many
+/// bytes as this, at three steps a text.
+const TEXT_BYTES_MAX: u64 = 512 << 20;
 const NAME: &str = "chat_template";
 
 /// One turn of a conversation.
@@ -52,15 +59,32 @@ pub struct Template {
 impl Template {
     /// Parses a template.
     pub fn new(source: &str) -> Result<Self, Error> {
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        // Jinja takes every line ending for a line feed.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let wrapped = bounds::wrap(&without_generation_tags(&source), NAME, syntax.clone())?;
         let mut environment = Environment::new();
-        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_fuel(Some(FUEL));
-        environment.add_filter("tojson", to_json);
+        environment.set_unknown_method_callback(method);
+        environment.set_fuel(Some(FUEL.min(TEXT_BYTES_MAX / wrapped.longest_text.max(1) as u64 * 3)));
+        environment.set_formatter(|out, _, value| {
+            let text = python::text(value)?;
+            bounds::count(text.len())?;
+            out.write_str(&text).map_err(Error::from)
+        });
+        environment.add_filter(bounds::FILTER, bounds::bounded);
+        environment.add_filter("tojson", python::to_json);
+        environment.add_filter("string", |value: &Value| python::text(value));
+        environment.add_filter("replace", |text: &Value, from: &str, to: &str| {
+            replace(&python::text(text)?, from, to)
+        });
+        environment.add_filter("join", |members: &Value, separator: Option<&str>| join(members, separator));
+        environment.add_test("sequence", is_sequence);
+        environment.add_test("iterable", is_iterable);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned(NAME, without_generation_tags(source).into_owned())?;
+        environment.add_function("strftime_now", python::strftime_now);
+        environment.add_template_owned(NAME, wrapped.source)?;
         Ok(Self { environment })
     }
 
@@ -74,28 +98,53 @@ impl Template {
         let messages = messages.iter().map(|message| {
             Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
         });
-        self.environment.get_template(NAME)?.render(context! {
-            messages => messages.collect::<Vec<Value>>(),
-            add_generation_prompt,
-            bos_token => tokens.bos_token.unwrap_or_default(),
-            eos_token => tokens.eos_token.unwrap_or_default(),
-            pad_token => tokens.pad_token.unwrap_or_default(),
-            unk_token => tokens.unk_token.unwrap_or_default(),
-            // transformers defines both, as none.
-            tools => (),
-            documents => (),
-        })
+        let messages = Value::from(messages.collect::<Vec<Value>>());
+        self.render_with(messages, Value::from(()), add_generation_prompt, tokens)
+    }
+
+    /// The same for messages of any form, with the tools the assistant may call, or none.
+    fn render_with(
+        &self,
+        messages: Value,
+        tools: Value,
+        add_generation_prompt: bool,
+        tokens: &TemplateTokens<'_>,
+    ) -> Result<String, Error> {
+        // transformers defines tools and documents, as none; special tokens it defines only where there are some.
+        let mut context = vec![
+            ("messages", messages),
+            ("add_generation_prompt", add_generation_prompt.into()),
+            ("tools", tools),
+            ("documents", Value::from(())),
+        ];
+        let named = [
+            ("bos_token", tokens.bos_token),
+            ("eos_token", tokens.eos_token),
+            ("pad_token", tokens.pad_token),
+            ("unk_token", tokens.unk_token),
+        ];
+        context.extend(named.into_iter().filter_map(|(name, token)| Some((name, Value::from(token?)))));
+        bounds::begin();
+        let mut out = Limited(Vec::new());
+        let template = self.environment.get_template(NAME)?;
+        template.render_captured_to(Value::from_pairs(context), &mut out).map_err(|error| {
+            match error.kind() {
+                ErrorKind::WriteFailure => bounds::too_large(),
+                _ => error,
+            }
+        })?;
+        String::from_utf8(out.0).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))
     }
 }
 
-/// `{% generation %}` marks answers for transformers' own masks and is no Jinja; a block that is always taken
-/// leaves the text and its white space as they are.
+/// `{% generation %}` marks answers for transformers' own masks and is no Jinja; an empty `with`, which has its
+/// scope too, leaves the text and its white space as they are.
 fn without_generation_tags(source: &str) -> Cow<'_, str> {
     static TAG: LazyLock<Regex> = LazyLock::new(|| {
         Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a constant pattern")
     });
     TAG.replace_all(source, |tag: &regex::Captures<'_>| {
-        let statement = if tag.get(2).is_some() { "endif" } else { "if true" };
+        let statement = if tag.get(2).is_some() { "endwith" } else { "with" };
         format!("{{%{} {statement} {}%}}", &tag[1], &tag[3])
     })
 }
@@ -104,79 +153,75 @@ fn raise_exception(message: String) -> Result<String, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// The 26th of July 2024, a Friday, at midnight.
-fn strftime_now(format: &str) -> Result<String, Error> {
+/// Jinja's `sequence` test: whatever has a length and can be indexed, strings too.
+fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+}
+
+/// Jinja's `iterable` test, to which strings belong.
+fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || matches!(value.kind(), ValueKind::Iterable | ValueKind::Undefined)
+}
+
+/// `text.replace(from, to)`, measured before it is made.
+fn replace(text: &str, from: &str, to: &str) -> Result<String, Error> {
+    let found = text.matches(from).count();
+    bounds::count(found.saturating_mul(to.len()).saturating_add(text.len()))?;
+    Ok(text.replace(from, to))
+}
+
+/// Members as text with `separator` between, measured while they are joined.
+fn join(members: &Value, separator: Option<&str>) -> Result<String, Error> {
     let mut out = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            out.push(character);
-            continue;
+    for (at, member) in members.try_iter()?.enumerate() {
+        if at > 0 {
+            out.push_str(separator.unwrap_or_default());
         }
-        out.push_str(match characters.next() {
-            Some('d') => "26",
-            Some('m') => "07",
-            Some('Y') => "2024",
-            Some('y') => "24",
-            Some('b') => "Jul",
-            Some('B') => "July",
-            Some('a') => "Fri",
-            Some('A') => "Friday",
-            Some('H' | 'M' | 'S') => "00",
-            Some('%') => "%",
-            other => {
-                let code = other.map(String::from).unwrap_or_default();
-                let detail = format!("strftime_now does not know `%{code}`");
-                return Err(Error::new(ErrorKind::InvalidOperation, detail));
-            }
-        });
+        out.push_str(&python::text(&member)?);
+        if out.len() > bounds::VALUE_BYTES_MAX {
+            return Err(bounds::too_large());
+        }
     }
     Ok(out)
 }
 
-/// As Hugging Face defines it: `json.dumps(value, ensure_ascii=False, indent=indent)`, nothing escaped for HTML.
-#[allow(clippy::needless_pass_by_value, reason = "minijinja hands filters their keyword arguments by value")]
-fn to_json(value: &Value, arguments: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = arguments.get("indent")?;
-    // Accepted and without effect here: text is never escaped to ASCII, and keys keep their order.
-    let _ = arguments.get::<Option<bool>>("ensure_ascii")?;
-    arguments.assert_all_used()?;
-    let mut out = Vec::new();
-    let written = match indent {
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonFormatter)),
-        Some(indent) => {
-            let spaces = " ".repeat(indent.min(16));
-            let formatter = PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
+/// Python's string methods, those that make text grow measured first.
+fn method(state: &mut State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, Error> {
+    match (value.as_str(), name, arguments) {
+        (Some(text), "replace", [from, to]) if from.as_str().is_some() && to.as_str().is_some() => {
+            replace(text, from.as_str().unwrap_or_default(), to.as_str().unwrap_or_default()).map(Value::from)
         }
-    };
-    let fail = |detail: String| Error::new(ErrorKind::BadSerialization, detail);
-    written.map_err(|error| fail(error.to_string()))?;
-    String::from_utf8(out).map_err(|error| fail(error.to_string()))
+        (Some(separator), "join", [members]) => join(members, Some(separator)).map(Value::from),
+        (Some(text), "format", _) if has_width(text) => Err(bounds::too_large()),
+        _ => bounds::bounded(minijinja_contrib::pycompat::unknown_method_callback(
+            state, value, name, arguments,
+        )?),
+    }
 }
 
-/// Python's `json.dumps` puts a space after commas and colons.
-struct PythonFormatter;
+/// Whether a format pads by a thousand or more.
+fn has_width(format: &str) -> bool {
+    let mut digits = 0;
+    format.chars().any(|character| {
+        digits = if character.is_ascii_digit() { digits + 1 } else { 0 };
+        digits > 3
+    })
+}
 
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+/// Takes the output until it is too large.
+struct Limited(Vec<u8>);
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > bounds::VALUE_BYTES_MAX {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -210,6 +255,7 @@ mod tests {
 
     #[test]
     fn blocks_are_trimmed_as_hugging_face_trims_them() {
+        check("a\r\n{{ 'b\r' }}\r\n", "a\nb\n");
         check(
             "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}\n",
             "user\nassistant\n",
@@ -226,11 +272,66 @@ mod tests {
     fn tojson_writes_python_json_without_html_escapes() {
         check("{{ messages[0] | tojson }}", r#"{"role": "user", "content": "Hi <b>"}"#);
         check("{{ [1, 'é'] | tojson(indent=1) }}", "[\n 1,\n \"é\"\n]");
+        check(
+            "{{ {'b': [], 'a': 'é\\n🦀'} | tojson(ensure_ascii=true, sort_keys=true, separators=[',', ':']) }}",
+            r#"{"a":"\u00e9\n\ud83e\udd80","b":[]}"#,
+        );
+        check(
+            "{{ {'a': {'b': [1.0, none]}} | tojson(indent=2) }}",
+            "{\n  \"a\": {\n    \"b\": [\n      1.0,\n      null\n    ]\n  }\n}",
+        );
     }
 
     #[test]
-    fn dates_do_not_depend_on_the_day() {
+    fn values_are_written_as_python_writes_them() {
+        check("{{ true }} {{ none }} {{ ['a', 1.0] }} {{ x }}", "True None ['a', 1.0] ");
+        check("{{ [none, 'a', 2]|join('-') }} {{ 'ab' is sequence and 'ab' is iterable }}", "None-a-2 True");
         check("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024");
+    }
+
+    #[test]
+    fn growing_templates_are_stopped_by_size() {
+        let doubling = "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = CHANGE %}{% endfor %}{{ ns.s }}";
+        for change in [
+            "ns.s ~ ns.s",
+            "ns.s + ns.s",
+            "ns.s * 9",
+            "ns.s|replace('a', ns.s)",
+            "ns.s.replace('a', ns.s)",
+            "[ns.s, ns.s]|join('')",
+            "''.join([ns.s, ns.s])",
+            "'%s%s'|format(ns.s, ns.s)",
+            "'{}{}'.format(ns.s, ns.s)",
+            "[ns.s, [ns.s]]",
+            "{'a': ns.s}",
+        ] {
+            let error = render(&doubling.replace("CHANGE", change)).unwrap_err().to_string();
+            assert!(error.contains("larger than 16 MiB"), "{change}: {error}");
+        }
+        for source in [
+            "{% set x %}ab{% endset %}{% macro m(s, n) %}{{ s }}{{ s }}{% endmacro %}".to_owned()
+                + &"{% set x = m(x) %}".repeat(60),
+            "{% set s = 'ab' %}".to_owned() + &"{% set s %}{{ s }}{{ s }}{% endset %}".repeat(60),
+            "{% for i in range(99999) %}".to_owned() + &"long text ".repeat(100) + "{% endfor %}",
+            "{{ 'x' * 99999999 }}".to_owned(),
+            "{{ '%99999999d'|format(1) }}".to_owned(),
+            "{{ 'x'|indent(99999999, true) }}".to_owned(),
+        ] {
+            let error = render(&source).unwrap_err().to_string();
+            assert!(error.contains("larger than 16 MiB"), "{}: {error}", &source[..40.min(source.len())]);
+        }
+    }
+
+    #[test]
+    fn measuring_changes_no_meaning() {
+        check("{{ [1, 2][0] + 3 * 2 }}{{ (1, 2)|length }}{{ {'a': 'b' ~ 'c'}['a'] }}", "72bc");
+        check("{{ 'a' ~ 'b' ~ ('c' ~ 'd').upper() ~ [1]|length }}{{ -1 + 2 }}", "abCD11");
+        check(
+            "{% for k, v in {'a': 1}.items() %}{{ k ~ v }}{% endfor %}{{ 'x' if 1 + 1 == 2 else 'y' }}",
+            "a1x",
+        );
+        let error = render("\n{{ 'a' ~ 'b' }}\n{{ raise_exception('here') }}").unwrap_err();
+        assert_eq!(error.line(), Some(3));
     }
 
     #[test]
@@ -249,5 +350,84 @@ mod tests {
     fn syntax_errors_name_their_line() {
         let error = Template::new("a\n{% for %}").err().unwrap().to_string();
         assert!(error.contains("chat_template:2"), "{error}");
+    }
+
+    mod golden {
+        use std::collections::BTreeMap;
+        use std::path::Path;
+
+        use super::*;
+
+        #[derive(Deserialize)]
+        struct Golden {
+            conversations: BTreeMap<String, Conversation>,
+            templates: BTreeMap<String, Rendered>,
+        }
+
+        #[derive(Deserialize)]
+        struct Conversation {
+            messages: Value,
+            tools: Value,
+        }
+
+        #[derive(Deserialize)]
+        struct Rendered {
+            bos_token: Option<String>,
+            eos_token: Option<String>,
+            rendered: BTreeMap<String, BTreeMap<String, BTreeMap<String, String>>>,
+        }
+
+        /// Every template of `tests/golden/templates`, as transformers renders it (`templates_golden.py`).
+        #[test]
+        fn real_templates_render_as_hugging_face_renders_them() {
+            let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/templates"));
+            let folder = std::env::var_os("TEMPLATES").map_or(folder.to_owned(), Into::into);
+            let expected = std::fs::read_to_string(folder.join("expected.json")).unwrap();
+            let golden: Golden = serde_json::from_str(&expected).unwrap();
+            let (mut complaints, mut checked) = (Vec::new(), 0);
+            for (name, expected) in &golden.templates {
+                let source = std::fs::read_to_string(folder.join(format!("{name}.jinja"))).unwrap();
+                let template = match Template::new(&source) {
+                    Ok(template) => template,
+                    Err(error) => {
+                        complaints.push(format!("{name}: {error}"));
+                        continue;
+                    }
+                };
+                let tokens = TemplateTokens {
+                    bos_token: expected.bos_token.as_deref(),
+                    eos_token: expected.eos_token.as_deref(),
+                    ..TemplateTokens::default()
+                };
+                for (conversation, rendered) in &expected.rendered {
+                    let Conversation { messages, tools } = &golden.conversations[conversation];
+                    for (prompt, expected) in rendered {
+                        let ours = template.render_with(
+                            messages.clone(),
+                            tools.clone(),
+                            prompt == "prompt",
+                            &tokens,
+                        );
+                        checked += 1;
+                        let agree = match (&ours, expected.get("text"), expected.get("error")) {
+                            (Ok(ours), Some(theirs), _) => ours == theirs,
+                            (Err(_), None, Some(_)) => true,
+                            _ => false,
+                        };
+                        if !agree {
+                            complaints
+                                .push(format!("{name} {conversation} {prompt}:\n  {ours:?}\n  {expected:?}"));
+                        }
+                    }
+                }
+            }
+            assert!(
+                complaints.is_empty(),
+                "{} of {checked} differ\n{}",
+                complaints.len(),
+                complaints.join("\n")
+            );
+            assert!(checked > 400);
+        }
     }
 }

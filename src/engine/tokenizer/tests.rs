@@ -139,8 +139,8 @@ fn what_cannot_be_read_is_refused_by_name() {
         let error = open(file).err().expect("must be refused").to_string();
         assert!(error.contains(part), "{error}");
     };
-    refused(tiny_llama(F32).text("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model `llama`");
-    refused(tiny_llama(F32).text("tokenizer.ggml.pre", "tekken"), "tokenizer.ggml.pre `tekken`");
+    refused(tiny_llama(F32).text("tokenizer.ggml.model", "t5"), "tokenizer.ggml.model `t5`");
+    refused(tiny_llama(F32).text("tokenizer.ggml.pre", "default"), "tokenizer.ggml.pre `default`");
     refused(tiny_llama(F32).unsigned("tokenizer.ggml.eos_token_id", 270), "tokenizer.ggml.eos_token_id");
     refused(tiny_llama(F32).texts("tokenizer.ggml.merges", &["the".to_owned()]), "tokenizer.ggml.merges");
     refused(tiny_llama(F32).texts("tokenizer.ggml.merges", &["q zz".to_owned()]), "tiny.gguf");

@@ -1,5 +1,6 @@
 //! GGUF files whole, cut short and hostile. Broken files are made by changing bytes of sound ones.
 
+use super::header::Header;
 use super::*;
 use crate::format::gguf_writer::{GgufWriter, Q4_1, tiny_llama};
 
@@ -112,7 +113,8 @@ fn hostile_headers_are_refused_with_the_culprit() {
     check(|bytes| put(bytes, 79, u64::MAX - 31), "tensor `t`: needs 16 bytes");
     check(|bytes| put(bytes, 79, 1), "no multiple of the alignment");
     check(|bytes| bytes[75] = 200, "200 (unknown)");
-    check(|bytes| bytes[75] = 14, "Q6_K");
+    check(|bytes| bytes[75] = 14, "no whole number of blocks of 256");
+    check(|bytes| bytes[75] = 19, "the type IQ1_S, which is not supported; supported: F32");
 }
 
 #[test]
@@ -126,8 +128,26 @@ fn hostile_arrays_are_refused_before_they_are_allocated() {
     let count = bytes.len() - 9;
     bytes[count..count + 8].copy_from_slice(&(1u64 << 50).to_le_bytes());
     assert!(parse(&bytes).unwrap_err().to_string().contains("number of array values up to `list`"));
+    let mut bytes = with(Value::List(vec![Value::Text("x".to_owned()); 4]));
+    let count = bytes.len() - 4 * 9 - 8;
+    bytes[count..count + 8].copy_from_slice(&1000u64.to_le_bytes());
+    assert!(parse(&bytes).unwrap_err().to_string().contains("ends within list: 8000 bytes needed"));
     let nested = with(Value::List(vec![Value::List(Vec::new())]));
     assert!(parse(&nested).unwrap_err().to_string().contains("array within array `list`"));
+}
+
+#[test]
+fn tensors_that_share_bytes_are_refused() {
+    let mut file = GgufWriter::default();
+    file.floats("a", &[12], &[0.0; 12]).floats("b", &[4], &[0.0; 4]);
+    let mut bytes = file.finish();
+    // `b` is the last entry; its offset is the last field before the padding to the data.
+    let name = bytes.iter().rposition(|&byte| byte == b'b').unwrap();
+    let offset = name + 1 + 4 + 8 + 4;
+    assert_eq!(bytes[offset..offset + 8], 64u64.to_le_bytes());
+    bytes[offset..offset + 8].copy_from_slice(&32u64.to_le_bytes());
+    let error = parse(&bytes).unwrap_err().to_string();
+    assert!(error.contains("tensors `a` and `b` overlap"), "{error}");
 }
 
 #[test]
