@@ -7,10 +7,13 @@
 
 use std::collections::BTreeMap;
 
+use crate::backend::{Activation, LogitMap};
 use crate::format::gguf::{Gguf, GgufError, Value};
 use crate::format::tensor::Tensor;
-use crate::model::config::ensure_supported_model;
-use crate::model::{ModelConfig, Rope, RopeScaling};
+use crate::model::config::ConfigError;
+use crate::model::{
+    AttentionOptions, Mixing, MlpLayout, MlpOptions, ModelConfig, NormOptions, Rope, RopeScaling,
+};
 
 /// A tensor with the factors llama.cpp divides each rotary frequency by.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -50,7 +53,6 @@ pub fn config(file: &Gguf) -> Result<ModelConfig, GgufError> {
         model_type: "llama".to_owned(),
         hidden_size,
         intermediate_size: required(file, "llama.feed_forward_length")?,
-        num_hidden_layers: required(file, "llama.block_count")?,
         num_attention_heads,
         num_key_value_heads: optional(file, "llama.attention.head_count_kv")?.unwrap_or(num_attention_heads),
         head_dim,
@@ -59,8 +61,23 @@ pub fn config(file: &Gguf) -> Result<ModelConfig, GgufError> {
         rms_norm_eps: file.float("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5) as f32,
         rope: rope(file, head_dim)?,
         tie_word_embeddings: file.shape("output.weight").is_none(),
-        attention_bias: file.shape("blk.0.attn_q.bias").is_some(),
-        mlp_bias: file.shape("blk.0.ffn_gate.bias").is_some(),
+        layers: vec![Mixing::FULL; required(file, "llama.block_count")?],
+        local_rope: None,
+        attention: AttentionOptions {
+            input_bias: file.shape("blk.0.attn_q.bias").is_some(),
+            output_bias: file.shape("blk.0.attn_output.bias").is_some(),
+            ..AttentionOptions::plain(head_dim)
+        },
+        mamba: None,
+        mlp: MlpOptions {
+            activation: Activation::Silu,
+            bias: file.shape("blk.0.ffn_gate.bias").is_some(),
+            layout: MlpLayout::Apart,
+        },
+        norms: NormOptions { sandwich: false, offset: false },
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits: LogitMap::IDENTITY,
         bos_token_id: token("tokenizer.ggml.bos_token_id")?,
         eos_token_ids,
         pad_token_id: token("tokenizer.ggml.padding_token_id")?,
@@ -112,7 +129,9 @@ fn hugging_face_name(stored: &str) -> Option<String> {
 
 fn refuse_other_models(file: &Gguf) -> Result<(), GgufError> {
     let architecture = file.text("general.architecture")?.unwrap_or_default();
-    ensure_supported_model(architecture)?;
+    if architecture != "llama" {
+        return Err(ConfigError::UnsupportedModel { model_type: architecture.to_owned() }.into());
+    }
     if optional(file, "split.count")?.is_some_and(|count| count > 1) {
         return Err(GgufError::Unsupported {
             what: "a model split over several files".to_owned(),
