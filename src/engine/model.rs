@@ -21,7 +21,7 @@ mod blocks;
 mod cache;
 pub mod config;
 mod decoder;
-mod families;
+pub(crate) mod families;
 mod pack;
 mod workspace;
 

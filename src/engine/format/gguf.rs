@@ -1,5 +1,5 @@
 //! The GGUF container, versions 2 and 3: metadata and tensors of a mapped file. Knows nothing of model
-//! families (see `gguf_llama`).
+//! families (see `gguf_model`).
 //!
 //! ```text
 //! "GGUF" │ version u32 │ tensors u64 │ entries u64

@@ -42,6 +42,7 @@ pub(super) struct Layer {
 }
 
 /// What carries values from token to token.
+#[allow(clippy::large_enum_variant, reason = "one a layer, made once")]
 pub(super) enum Mixer {
     Attention(Attention),
     Mamba(Mamba),

@@ -3,12 +3,17 @@
 
 use serde_json::{Value, json};
 
-use super::Family;
+use super::{Family, GgufFamily};
 use crate::model::config::fields::Fields;
 use crate::model::config::{AttentionOptions, ConfigError, Gate, ModelConfig, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "gemma", architecture: "GemmaForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma",
+    architecture: "GemmaForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily::plain("gemma")),
+};
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = plain(FAMILY.model_type, fields)?;

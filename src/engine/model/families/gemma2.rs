@@ -3,12 +3,25 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Family, gemma};
+use super::{Family, GgufFamily, gemma};
 use crate::model::config::fields::{Fields, number};
 use crate::model::config::{ConfigError, Mixing, ModelConfig, Positions, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma2",
+    architecture: "Gemma2ForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily {
+        required: &[("sliding_window", "attention.sliding_window")],
+        optional: &[
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ],
+        complete: |fields| complete_scale(fields, 46),
+        ..GgufFamily::plain("gemma2")
+    }),
+};
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = plain(FAMILY.model_type, fields)?;
@@ -51,6 +64,19 @@ pub(super) fn layers(
         }),
     };
     fields.layer_types(layers, default)?.into_iter().map(mixing).collect()
+}
+
+/// GGUF files do not tell the scale of the scores. As llama.cpp has it: that of the head's size, but for the
+/// largest model, known by its number of layers.
+pub(super) fn complete_scale(fields: &mut Map<String, Value>, layers_of_the_largest: u64) {
+    let number = |field: &str| fields.get(field).and_then(Value::as_u64);
+    let scalar = match (number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads")) {
+        (Some(layers), Some(hidden), Some(heads)) if layers == layers_of_the_largest => {
+            hidden.checked_div(heads)
+        }
+        _ => number("head_dim"),
+    };
+    fields.insert("query_pre_attn_scalar".to_owned(), json!(scalar));
 }
 
 /// The fields that versions 2 and 3 have of their own.

@@ -3,12 +3,58 @@
 
 use serde_json::{Value, json};
 
-use super::{Family, gemma2};
+use super::{Family, GgufFamily, gemma2};
 use crate::model::config::fields::{Fields, number, unsupported};
 use crate::model::config::{ConfigError, ModelConfig, Positions, Rope, RopeScaling};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma3_text",
+    architecture: "Gemma3ForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily {
+        required: &[("sliding_window", "attention.sliding_window")],
+        optional: &[
+            ("final_logit_softcapping", "final_logit_softcapping"),
+            ("rope_local_base_freq", "rope.freq_base_swa"),
+            ("sliding_window_pattern", "attention.sliding_window_pattern"),
+        ],
+        complete: |fields| gemma2::complete_scale(fields, 62),
+        ..GgufFamily::plain("gemma3")
+    }),
+};
+
+/// The multimodal files, 4B and larger: their language model is a gemma3_text, read and written as such. Their
+/// vision tower is left alone.
+pub(super) const MULTIMODAL: Family = Family {
+    model_type: "gemma3",
+    architecture: "Gemma3ForConditionalGeneration",
+    read: read_multimodal,
+    write,
+    gguf: None,
+};
+
+/// What released files leave out of `text_config`: the defaults of transformers' Gemma3TextConfig.
+const DEFAULTS: [(&str, usize); 4] = [
+    ("max_position_embeddings", 131_072),
+    ("num_attention_heads", 8),
+    ("num_key_value_heads", 4),
+    ("vocab_size", 262_208),
+];
+
+fn read_multimodal(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
+    let missing = || ConfigError::Missing { field: "text_config".to_owned() };
+    let mut text = fields.object("text_config")?.ok_or_else(missing)?.clone();
+    for (field, value) in DEFAULTS {
+        text.entry(field).or_insert(json!(value));
+    }
+    for field in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        if let Some(value) = fields.0.get(field) {
+            text.insert(field.to_owned(), value.clone());
+        }
+    }
+    read(&Fields(&text))
+}
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = gemma2::plain(FAMILY.model_type, fields)?;

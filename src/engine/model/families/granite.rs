@@ -3,12 +3,25 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Family;
+use super::{Family, GgufFamily};
 use crate::model::config::fields::{Fields, number};
 use crate::model::config::{ConfigError, Gate, ModelConfig, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "granite", architecture: "GraniteForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "granite",
+    architecture: "GraniteForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily { interleaved: true, required: GGUF_FACTORS, ..GgufFamily::plain("granite") }),
+};
+
+/// The factors in GGUF files.
+pub(super) const GGUF_FACTORS: &[(&str, &str)] = &[
+    ("attention_multiplier", "attention.scale"),
+    ("embedding_multiplier", "embedding_scale"),
+    ("logits_scaling", "logit_scale"),
+    ("residual_multiplier", "residual_scale"),
+];
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = ModelConfig::plain(FAMILY.model_type, fields, Gate::Silu, "intermediate_size")?;

@@ -2,14 +2,33 @@
 //! positions between them, a shared MLP whose gate and up projections are one matrix, and granite's factors.
 //! Files with experts are refused.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{Family, granite};
+use super::{Family, GgufFamily, granite};
 use crate::model::config::fields::{Fields, invalid, number, unsupported};
 use crate::model::config::{ConfigError, Gate, MambaOptions, Mixing, MlpLayout, ModelConfig, Positions};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "granitemoehybrid", architecture: "GraniteMoeHybridForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "granitemoehybrid",
+    architecture: "GraniteMoeHybridForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily {
+        interleaved: true,
+        required: granite::GGUF_FACTORS,
+        optional: &[
+            ("mamba_d_conv", "ssm.conv_kernel"),
+            ("mamba_d_state", "ssm.state_size"),
+            ("mamba_n_groups", "ssm.group_count"),
+            ("mamba_n_heads", "ssm.time_step_rank"),
+            ("position_embedding_type", "rope.scaling.finetuned"),
+            ("shared_intermediate_size", "expert_shared_feed_forward_length"),
+            ("ssm_inner_size", "ssm.inner_size"),
+        ],
+        complete,
+        ..GgufFamily::plain("granitehybrid")
+    }),
+};
 
 const NO_DT_LIMITS: (f32, f32) = (0.0, f32::INFINITY);
 
@@ -38,6 +57,18 @@ fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
         config.mamba = Some(mamba(fields, config.hidden_size)?);
     }
     Ok(config)
+}
+
+/// GGUF files have the inner size in place of the expansion, and say by a flag whether positions are rotated.
+fn complete(fields: &mut Map<String, Value>) {
+    let number = |field: &str| fields.get(field).and_then(Value::as_u64);
+    let expand = number("ssm_inner_size").zip(number("hidden_size")).and_then(|(a, b)| a.checked_div(b));
+    let rotated = fields.get("position_embedding_type").and_then(Value::as_bool).unwrap_or(false);
+    let width = number("shared_intermediate_size").or(number("intermediate_size"));
+    fields.insert("mamba_expand".to_owned(), json!(expand));
+    fields.insert("shared_intermediate_size".to_owned(), json!(width));
+    fields.insert("num_local_experts".to_owned(), json!(0));
+    fields.insert("position_embedding_type".to_owned(), json!(if rotated { "rope" } else { "nope" }));
 }
 
 fn mamba(fields: &Fields<'_>, hidden_size: usize) -> Result<MambaOptions, ConfigError> {

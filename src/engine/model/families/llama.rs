@@ -4,12 +4,17 @@
 
 use serde_json::{Value, json};
 
-use super::Family;
+use super::{Family, GgufFamily};
 use crate::model::config::fields::Fields;
 use crate::model::config::{ConfigError, Gate, ModelConfig, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "llama", architecture: "LlamaForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "llama",
+    architecture: "LlamaForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily { interleaved: true, ..GgufFamily::plain("llama") }),
+};
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = ModelConfig::plain(FAMILY.model_type, fields, Gate::Silu, "intermediate_size")?;

@@ -3,12 +3,17 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Family;
+use super::{Family, GgufFamily};
 use crate::model::config::fields::Fields;
 use crate::model::config::{ConfigError, Gate, Mixing, ModelConfig, Positions, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "qwen2",
+    architecture: "Qwen2ForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily::plain("qwen2")),
+};
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = ModelConfig::plain(FAMILY.model_type, fields, Gate::Silu, "intermediate_size")?;

@@ -3,12 +3,17 @@
 
 use serde_json::{Value, json};
 
-use super::{Family, qwen2};
+use super::{Family, GgufFamily, qwen2};
 use crate::model::config::fields::Fields;
 use crate::model::config::{AttentionOptions, ConfigError, Gate, ModelConfig, gate_name};
 
-pub(super) const FAMILY: Family =
-    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", read, write };
+pub(super) const FAMILY: Family = Family {
+    model_type: "qwen3",
+    architecture: "Qwen3ForCausalLM",
+    read,
+    write,
+    gguf: Some(GgufFamily::plain("qwen3")),
+};
 
 fn read(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     let mut config = ModelConfig::plain(FAMILY.model_type, fields, Gate::Silu, "intermediate_size")?;

@@ -31,7 +31,7 @@ pub(super) fn odd_configs() -> Vec<ModelConfig> {
         merged(hybrid("nope"), &factors),
         merged(hybrid("rope"), &factors),
     ];
-    own.into_iter().map(|own| read(merged(common(), &own))).collect()
+    own.into_iter().map(|own| read(&merged(common(), &own))).collect()
 }
 
 fn common() -> Value {
@@ -55,7 +55,7 @@ fn merged(mut base: Value, own: &Value) -> Value {
     base
 }
 
-fn read(config: Value) -> ModelConfig {
+fn read(config: &Value) -> ModelConfig {
     ModelConfig::from_json(&config.to_string()).unwrap()
 }
 

@@ -58,10 +58,13 @@ pub(super) fn adapter(family: &str, model: &Model, rslora: bool) -> Adapter {
     adapter
 }
 
+fn record() -> serde_json::Value {
+    serde_json::from_slice(&fs_err::read(folder("lora.json")).unwrap()).unwrap()
+}
+
 /// Loss and norm of the gradient of each of PEFT's three steps, and the loss after them.
 fn steps(family: &str) -> (Vec<(f64, f64)>, f64) {
-    let record = fs_err::read(folder("lora.json")).unwrap();
-    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    let record = record();
     let number = |step: usize, name: &str| record[family]["log"][step][name].as_f64().unwrap();
     ((0..3).map(|step| (number(step, "loss"), number(step, "grad_norm"))).collect(), number(3, "loss"))
 }
@@ -190,6 +193,7 @@ fn adapter_saved_by_peft_gives_its_loss() {
     for (family, device) in families() {
         let model = model(family, &device);
         let adapter = Adapter::load_peft(&folder(family).join("adapter"), &model).unwrap();
+        assert_eq!(Some(adapter.parameter_count() as u64), record()[family]["trainable"].as_u64());
         assert_close(family, mean_loss(&model, Some(&adapter)), steps(family).1);
     }
 }

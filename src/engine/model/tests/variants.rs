@@ -1,4 +1,5 @@
-//! What only the golden llama has: rsLoRA and QLoRA as bitsandbytes does it.
+//! rsLoRA as PEFT does it and QLoRA as bitsandbytes does it, for the families whose golden values have them, and the
+//! language model inside a multimodal file.
 
 use super::golden::{Golden, adapter, check_gradients, check_logits};
 use super::*;
@@ -35,8 +36,8 @@ fn quantized_model(family: &str, device: &Compute) -> Model {
 /// The adapter of the QLoRA run. It has the same B; A is not in the golden files, for the model was built before
 /// the seed was set there. So it is drawn as torch draws it: seed 3, and for each module the initial values of
 /// `nn.Linear` for A and for B, thrown away by PEFT, and then A's own.
-fn qlora_adapter(model: &Model) -> Adapter {
-    let mut adapter = adapter("llama", model, false);
+fn qlora_adapter(family: &str, model: &Model) -> Adapter {
+    let mut adapter = adapter(family, model, false);
     let mut generator = Mersenne::new(3);
     let (mut names, mut counts) = (Vec::new(), Vec::new());
     for (name, values) in adapter.parameters() {
@@ -108,8 +109,44 @@ fn qlora_logits_and_gradients_are_those_of_bitsandbytes() {
     let golden = Golden::open("llama", "variants.safetensors");
     for device in [REFERENCE, CPU] {
         let model = quantized_model("llama", &device);
-        let adapter = qlora_adapter(&model);
+        let adapter = qlora_adapter("llama", &model);
         check_logits("qlora", &model, Some(&adapter), &golden.f32("qlora.llama.logits0"));
         check_gradients("qlora", &model, &adapter, &golden, "qlora.llama.grad0.", 7.504_227_161_407_471);
     }
+}
+
+#[test]
+fn qlora_logits_of_a_hybrid_are_those_of_bitsandbytes() {
+    let (family, golden) = ("granitemoehybrid", Golden::open("llama", "variants.safetensors"));
+    for device in [REFERENCE, CPU] {
+        let model = quantized_model(family, &device);
+        let adapter = qlora_adapter(family, &model);
+        check_logits(family, &model, Some(&adapter), &golden.f32("qlora.granitemoehybrid.logits0"));
+    }
+}
+
+/// The golden gemma3_text as the multimodal files of gemma3 have it, with a stand-in for their vision tower.
+#[test]
+fn language_model_of_a_multimodal_file_is_read_by_itself() {
+    let bytes = fs_err::read(folder("gemma3_text").join("model.safetensors")).unwrap();
+    let text = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors = text.tensors();
+    tensors.iter_mut().for_each(|(name, _)| *name = format!("language_model.{name}"));
+    let norm = text.tensor("model.norm.weight").unwrap();
+    tensors.push(("vision_tower.vision_model.post_layernorm.weight".to_owned(), norm));
+    let out = tempfile::tempdir().unwrap();
+    safetensors::serialize_to_file(tensors, None, &out.path().join("model.safetensors")).unwrap();
+    let config = fs_err::read_to_string(folder("gemma3_text").join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    for field in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+        config.as_object_mut().unwrap().remove(field);
+    }
+    let whole = serde_json::json!({"model_type": "gemma3", "text_config": config, "bos_token_id": 1,
+        "eos_token_id": [2, 7], "pad_token_id": 0, "vision_config": {"hidden_size": 32}});
+    fs_err::write(out.path().join("config.json"), whole.to_string()).unwrap();
+    let model = Model::open(out.path(), &CPU).unwrap();
+    assert_eq!(model.config().eos_token_ids, [2, 7]);
+    assert_eq!(model.config().model_type, "gemma3_text");
+    let golden = Golden::open("gemma3_text", "golden.safetensors");
+    check_logits("multimodal", &model, None, &golden.f32("logits"));
 }
