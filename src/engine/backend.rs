@@ -127,14 +127,109 @@ pub struct AttentionShape<'a> {
     pub kv_heads: usize,
     /// D
     pub head_dim: usize,
+    /// Factor of the scores; mostly 1 / sqrt(D).
+    pub scale: f32,
+    /// Scores become `softcap * tanh(score / softcap)` before they are masked.
+    pub softcap: Option<f32>,
+    /// A query sees this many keys at most, itself among them.
+    pub window: Option<usize>,
     /// One span a sequence; nothing is seen across spans.
     pub spans: &'a [Span],
 }
 
 impl AttentionShape<'_> {
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+    /// The keys that a query sees of which `end` keys are not in its future.
+    fn seen(&self, end: usize) -> Range<usize> {
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
+}
+
+/// The gate of a gated linear unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x * sigmoid(x)
+    Silu,
+    /// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x³)))
+    GeluTanh,
+}
+
+/// What becomes of the head's products: `softcap * tanh(scale * x / softcap)`, or `scale * x`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitMap {
+    pub scale: f32,
+    pub softcap: Option<f32>,
+}
+
+impl LogitMap {
+    /// Logits as the head gives them.
+    pub const IDENTITY: Self = Self { scale: 1.0, softcap: None };
+}
+
+/// The state that sequences bring from earlier tokens and take along, one block of values a slot.
+#[derive(Debug)]
+pub struct Carry<'a> {
+    /// The slot of each span.
+    pub slots: &'a [usize],
+    /// The state before the first row of each span.
+    pub past: &'a [f32],
+    /// Gets the state after the last row of each span; other slots stay as they are.
+    pub next: &'a mut [f32],
+}
+
+/// A causal convolution of each channel by itself, over the query rows of spans.
+#[derive(Debug, Clone, Copy)]
+pub struct Convolution<'a> {
+    /// (C,K): the last tap meets the row itself.
+    pub weight: &'a [f32],
+    /// (C)
+    pub bias: &'a [f32],
+    /// K, at least 2. A slot's state is its last K - 1 rows (K-1, C).
+    pub taps: usize,
+    pub spans: &'a [Span],
+}
+
+/// The constants of a Mamba2 scan, over the query rows of spans. A slot's state is (H,P,N).
+#[derive(Debug, Clone, Copy)]
+pub struct Scan<'a> {
+    /// H
+    pub heads: usize,
+    /// P
+    pub head_dim: usize,
+    /// G: groups of B and C; divides `heads`.
+    pub groups: usize,
+    /// N
+    pub states: usize,
+    /// (H), added to dt before its softplus.
+    pub dt_bias: &'a [f32],
+    /// (H), negative: the state decays by exp(dt * rate).
+    pub rate: &'a [f32],
+    /// (H): what of x is added to y at once.
+    pub skip: &'a [f32],
+    /// Where dt is clamped after its softplus.
+    pub dt_limits: (f32, f32),
+    pub spans: &'a [Span],
+}
+
+/// What a scan reads.
+#[derive(Debug, Clone, Copy)]
+pub struct ScanInput<'a> {
+    /// (T, H·P)
+    pub x: &'a [f32],
+    /// (T, G·N)
+    pub b: &'a [f32],
+    /// (T, G·N)
+    pub c: &'a [f32],
+    /// (T,H), before bias and softplus.
+    pub dt: &'a [f32],
+}
+
+/// Where the gradients of a scan go; shapes of [`ScanInput`].
+#[derive(Debug)]
+pub struct ScanGradient<'a> {
+    pub dx: &'a mut [f32],
+    pub db: &'a mut [f32],
+    pub dc: &'a mut [f32],
+    pub ddt: &'a mut [f32],
 }
 
 /// The operations of a decoder and their gradients.
@@ -169,11 +264,19 @@ pub trait Backend: Send + Sync {
     /// y (T,N) += bias (N) in each row.
     fn add_bias(&self, y: &mut [f32], bias: &[f32]);
 
-    /// y (T,C) = x / sqrt(mean(x²) + epsilon) * weight, row by row.
-    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32);
+    /// y (T,C) = x / sqrt(mean(x²) + epsilon) * weight (C), row by row; the mean is of each `group` channels.
+    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32);
 
     /// dx (T,C) += the gradient through [`Backend::rms_norm`] of dy (T,C); recomputes the norm from x.
-    fn rms_norm_backward(&self, dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32);
+    fn rms_norm_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        group: usize,
+        epsilon: f32,
+    );
 
     /// Rotates the halves of each head of x (T, heads, D) in place by its row's position.
     fn rope(
@@ -186,7 +289,7 @@ pub trait Backend: Send + Sync {
         rotation: Rotation,
     );
 
-    /// out (T, H·D) = softmax(q kᵀ / sqrt(D), causal) v per span and head; saves log-sum-exp (T,H).
+    /// out (T, H·D) = softmax(q kᵀ * scale, causal) v per span and head; saves log-sum-exp (T,H).
     /// q is (T, H·D); k and v are (rows, kv_heads·D). Overwrites the rows of its spans.
     fn attention(
         &self,
@@ -209,16 +312,16 @@ pub trait Backend: Send + Sync {
         scratch: &mut Vec<f32>,
     );
 
-    /// y (n) = silu(gate) * up.
-    fn swiglu(&self, y: &mut [f32], gate: &[f32], up: &[f32]);
+    /// y (n) = activation(gate) * up.
+    fn glu(&self, y: &mut [f32], gate: &[f32], up: &[f32], activation: Activation);
 
     /// Turns gate and up (n) into their gradients, in place, given dy (n).
-    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]);
+    fn glu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: Activation);
 
     /// y (T,C) = the rows of `table` (V,C) named by `tokens` (T).
     fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]);
 
-    /// nll (S) = `-log softmax(hidden (S,C) · headᵀ)[target]` per row. With `gradient`, also writes
+    /// nll (S) = `-log softmax(map(hidden (S,C) · headᵀ))[target]` per row. With `gradient`, also writes
     /// dhidden (S,C) = scale * d(sum nll)/d(hidden). Logits exist for a bounded chunk of rows at a time, in
     /// `scratch`.
     fn cross_entropy(
@@ -228,11 +331,55 @@ pub trait Backend: Send + Sync {
         hidden: &[f32],
         targets: &[u32],
         head: &Matrix,
+        map: LogitMap,
         scratch: &mut Vec<f32>,
     );
 
+    /// Applies `map` to logits (n) in place.
+    fn map_logits(&self, logits: &mut [f32], map: LogitMap);
+
     /// y (n) += x (n).
     fn add(&self, y: &mut [f32], x: &[f32]);
+
+    /// y (n) *= factor.
+    fn scale(&self, y: &mut [f32], factor: f32);
+
+    /// Parts (rows, width of each) = the columns of x (rows, sum of widths), from left to right.
+    fn split(&self, parts: &mut [&mut [f32]], x: &[f32], rows: usize);
+
+    /// The inverse of [`Backend::split`]: x (rows, sum of widths) = the parts side by side.
+    fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize);
+
+    /// y (T,C) = silu(bias + Σ_k weight[k] * x[t - K + 1 + k]), rows before a span's first being those of its
+    /// slot, or zero. Overwrites the rows of its spans.
+    fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>);
+
+    /// dx (T,C) = the gradient through [`Backend::causal_conv`] of dy (T,C), spans beginning at zero.
+    /// `scratch` is grown as needed.
+    fn causal_conv_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        conv: &Convolution<'_>,
+        scratch: &mut Vec<f32>,
+    );
+
+    /// y (T, H·P): per head, S = exp(dt * rate) S + dt x ⊗ B and y = S C + skip x, row after row, where
+    /// dt = clamp(softplus(dt + dt_bias)). S is that of the span's slot, or zero. Overwrites the rows of its
+    /// spans.
+    fn scan(&self, y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>);
+
+    /// The gradient through [`Backend::scan`] of dy (T, H·P), spans beginning at zero. Overwrites; states are
+    /// recomputed. `scratch` is grown as needed.
+    fn scan_backward(
+        &self,
+        gradient: ScanGradient<'_>,
+        dy: &[f32],
+        input: &ScanInput<'_>,
+        scan: &Scan<'_>,
+        scratch: &mut Vec<f32>,
+    );
 }
 
 /// Where the gradients of an attention go: dq (T, H·D), dk and dv (T, kv_heads·D).

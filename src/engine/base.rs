@@ -3,7 +3,7 @@
 //! key layout. Knows files and codes; nothing of training.
 //!
 //! ```text
-//! config.json              the llama description + quantization_config
+//! config.json              the model's description + quantization_config
 //! model.safetensors        linears NF4 (weight, absmax, nested_*, quant_*), the rest 16-bit, norms as they were
 //! tokenizer.json, tokenizer_config.json (with the chat template)
 //! ```
@@ -21,6 +21,7 @@ use thiserror::Error;
 use crate::base::layout::{Encoding, Planned, TensorFile, plan, quant_state};
 use crate::format::{Checkpoint, FormatError, Tensor, TensorData};
 use crate::matrix::Values;
+use crate::model::ModelError;
 use crate::quant::nested::{DoubleQuantized, dynamic_map};
 use crate::quant::{BLOCK, CODE, encode_blocks};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -63,6 +64,8 @@ pub enum BaseError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("tensor `{tensor}` has shape {got:?}, but config.json asks for {expected:?}")]
@@ -114,7 +117,7 @@ fn summary(checkpoint: &Checkpoint, planned: &[Planned], parameters: u64, bytes:
         bytes,
         bits_per_weight: linear_bytes as f64 * 8.0 / linear_parameters as f64,
         model_type: config.model_type.clone(),
-        layers: config.num_hidden_layers,
+        layers: config.num_hidden_layers(),
         hidden_size: config.hidden_size,
         vocab_size: config.vocab_size,
         context_length: config.max_position_embeddings,

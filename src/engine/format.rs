@@ -1,9 +1,9 @@
 //! Checkpoints on disk: GGUF files, safetensors files and Hugging Face folders, behind one type that speaks
-//! Hugging Face tensor names. Knows nothing of what the tensors are for, beyond how llama files name them.
+//! Hugging Face tensor names. Knows nothing of what the tensors are for, beyond how GGUF files name them.
 //!
 //! ```text
-//! x.gguf ──────────────── gguf ── gguf_llama (names, row order, config) ──┐
-//! x.safetensors, folder ─ safetensors (shards, bnb-4bit) ── config.json ──┴─► Checkpoint ─► Tensor ─► Matrix
+//! x.gguf ──────────────── gguf ── gguf_model (config), gguf_tensors (names) ─┐
+//! x.safetensors, folder ─ safetensors (shards, bnb-4bit) ── config.json ─────┴─► Checkpoint ─► Tensor ─► Matrix
 //! ```
 //! Files are mapped, never read whole, and every offset and count in them is checked before it is used: a
 //! hostile file is an error that names the culprit, never a panic or an unbounded allocation.
@@ -12,7 +12,8 @@ pub mod block;
 #[cfg(test)]
 pub(crate) mod fuzz;
 pub mod gguf;
-pub mod gguf_llama;
+pub mod gguf_model;
+pub mod gguf_tensors;
 #[cfg(test)]
 pub(crate) mod gguf_writer;
 pub mod safetensors;
@@ -28,6 +29,7 @@ use memmap2::Mmap;
 use thiserror::Error;
 
 use crate::format::gguf::{Gguf, GgufError};
+use crate::format::gguf_tensors::Stored;
 use crate::format::safetensors::{SafetensorsError, TensorFiles};
 pub use crate::format::tensor::{Tensor, TensorData};
 use crate::matrix::{Matrix, Values};
@@ -66,13 +68,14 @@ pub struct Checkpoint {
 }
 
 enum Source {
-    /// A GGUF file, and the name each tensor has in it.
-    Gguf {
-        file: Gguf,
-        names: BTreeMap<String, String>,
-    },
-    Safetensors(TensorFiles),
+    /// A GGUF file, and where each tensor is in it.
+    Gguf { file: Gguf, names: BTreeMap<String, Stored> },
+    /// Safetensors files, and what stands before each name of the language model.
+    Safetensors { files: TensorFiles, prefix: &'static str },
 }
+
+/// Before the names of a language model that is part of a multimodal one.
+const PART_PREFIX: &str = "language_model.";
 
 impl Checkpoint {
     /// Opens a `.gguf` file, a `.safetensors` file with a `config.json` beside it, or a Hugging Face folder.
@@ -98,14 +101,16 @@ impl Checkpoint {
         let text = fs_err::read_to_string(&config_path)?;
         let config = ModelConfig::from_json(&text)
             .map_err(|cause| FormatError::Config { path: config_path, cause })?;
-        Ok(Self { path: path.to_owned(), config, source: Source::Safetensors(files) })
+        let is_part = files.has(&format!("{PART_PREFIX}model.embed_tokens.weight"));
+        let prefix = if is_part { PART_PREFIX } else { "" };
+        Ok(Self { path: path.to_owned(), config, source: Source::Safetensors { files, prefix } })
     }
 
     fn open_gguf(path: &Path) -> Result<Self, FormatError> {
         let file = Gguf::open(path)?;
         let fail = |cause| FormatError::Gguf { path: path.to_owned(), cause };
-        let config = gguf_llama::config(&file).map_err(fail)?;
-        let names = gguf_llama::names(&file).map_err(fail)?;
+        let config = gguf_model::config(&file).map_err(fail)?;
+        let names = gguf_tensors::names(&file, &config).map_err(fail)?;
         Ok(Self { path: path.to_owned(), config, source: Source::Gguf { file, names } })
     }
 
@@ -123,7 +128,9 @@ impl Checkpoint {
     pub fn names(&self) -> Vec<&str> {
         match &self.source {
             Source::Gguf { names, .. } => names.keys().map(String::as_str).collect(),
-            Source::Safetensors(files) => files.names(),
+            Source::Safetensors { files, prefix } => {
+                files.names().into_iter().filter_map(|name| name.strip_prefix(prefix)).collect()
+            }
         }
     }
 
@@ -131,7 +138,7 @@ impl Checkpoint {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::Gguf { names, .. } => names.contains_key(name),
-            Source::Safetensors(files) => files.has(name),
+            Source::Safetensors { files, prefix } => files.has(&format!("{prefix}{name}")),
         }
     }
 
@@ -141,10 +148,12 @@ impl Checkpoint {
         match &self.source {
             Source::Gguf { file, names } => {
                 let stored = names.get(name).ok_or_else(missing)?;
-                let tensor = file.tensor(stored).ok_or_else(missing)?;
-                Ok(gguf_llama::reorder(name, tensor, &self.config))
+                let fail = |cause| FormatError::Gguf { path: self.path.clone(), cause };
+                gguf_tensors::read(file, stored).map_err(fail)?.ok_or_else(missing)
             }
-            Source::Safetensors(files) => files.tensor(name)?.ok_or_else(missing),
+            Source::Safetensors { files, prefix } => {
+                files.tensor(&format!("{prefix}{name}"))?.ok_or_else(missing)
+            }
         }
     }
 
@@ -329,7 +338,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_refused_by_name() {
-        refused(tiny_llama(F32).text("general.architecture", "gemma2"), "`gemma2` is not supported yet");
+        refused(tiny_llama(F32).text("general.architecture", "bert"), "`bert` is not supported yet");
         refused(tiny_llama(F32).unsigned("llama.expert_count", 8), "mixture of experts");
         refused(tiny_llama(F32).unsigned("split.count", 3), "is part 1 of a model split into 3 files");
         refused(tiny_llama(F32).unsigned("llama.rope.dimension_count", 8), "rotating 8 of 16");

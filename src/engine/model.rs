@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! Pack ──► embed ──► layer ──► … ──► layer ──► norm ──► head ──► loss      (backward runs the same way back)
-//!                      └── blocks: norm, attention, norm, mlp, each linear with its LoRA pair
+//!                      └── blocks: norm, attention or mamba, norm, mlp, each linear with its LoRA pair
 //! ```
 
 use std::path::Path;
@@ -16,16 +16,22 @@ use crate::backend::{Backend, BackendKind, Compute, Span};
 use crate::format::Checkpoint;
 use crate::matrix::Matrix;
 
+mod assemble;
 mod blocks;
 mod cache;
 pub mod config;
 mod decoder;
-mod llama;
+pub(crate) mod families;
 mod pack;
 mod workspace;
 
+pub(crate) use assemble::TensorSource;
+pub use assemble::{TensorSpec, tensors};
 pub use cache::KvCache;
-pub use config::{ModelConfig, Rope, RopeScaling};
+pub use config::{
+    AttentionOptions, MambaOptions, Mixing, MlpLayout, MlpOptions, ModelConfig, NormOptions, Positions, Rope,
+    RopeScaling,
+};
 pub use pack::{Pack, PackLoss, SequenceLoss};
 pub use workspace::Workspace;
 
@@ -38,12 +44,9 @@ pub enum ModelError {
     /// The checkpoint cannot be read, or lacks a tensor.
     #[error(transparent)]
     Format(#[from] crate::format::FormatError),
-    /// No such family is known.
-    #[error("model type `{model_type}` is not supported; known: {known}")]
-    UnknownFamily { model_type: String, known: &'static str },
-    /// A number of the description makes no sense.
-    #[error("the model's `{field}` is {value}, which does not work: {reason}")]
-    Config { field: &'static str, value: usize, reason: &'static str },
+    /// The description makes no sense, or is not of a supported family.
+    #[error("the model's description: {0}")]
+    Config(#[from] config::ConfigError),
     /// A tensor's shape contradicts the description.
     #[error("`{tensor}` has shape {got:?}, expected {expected:?} from the model's description")]
     Shape { tensor: String, got: Vec<usize>, expected: Vec<usize> },
@@ -67,23 +70,15 @@ pub enum ModelError {
     /// More tokens than the cache has room for.
     #[error("sequence {sequence} would have {tokens} tokens, but the cache has room for {capacity}")]
     CacheFull { sequence: usize, tokens: usize, capacity: usize },
+    /// Part of a sequence cannot be forgotten.
+    #[error(
+        "sequence {sequence} cannot go back to {len} tokens; hint: a model with Mamba layers forgets all or nothing"
+    )]
+    CacheKeepsNoPast { sequence: usize, len: usize },
     /// A value became infinite or not a number.
     #[error("`{name}` is not finite; lower the learning rate, or check the base model's weights")]
     NotFinite { name: String },
 }
-
-/// Reads tensors by Hugging Face's names: how a family's builder gets its weights.
-pub(crate) struct Tensors<'a> {
-    pub(crate) matrix: &'a dyn Fn(&str) -> Result<Matrix, ModelError>,
-    pub(crate) vector: &'a dyn Fn(&str) -> Result<Vec<f32>, ModelError>,
-}
-
-/// A family of models: its `model_type` and how its decoder is assembled.
-type Family = (&'static str, fn(&ModelConfig, &Tensors<'_>) -> Result<Decoder, ModelError>);
-
-/// Every family. One line each.
-const FAMILIES: &[Family] = &[("llama", llama::decoder)];
-const FAMILY_NAMES: &str = "llama";
 
 /// Weights, description and backend.
 pub struct Model {
@@ -106,24 +101,16 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, device: &Compute) -> Result<Self, ModelError> {
-        let tensors = Tensors {
-            matrix: &|name| Ok(checkpoint.matrix(name)?),
-            vector: &|name| Ok(checkpoint.vector(name)?),
-        };
-        Self::assemble(checkpoint.config().clone(), &tensors, device)
+        Self::assemble(checkpoint.config().clone(), checkpoint, device)
     }
 
     /// A model from tensors read by name.
     pub(crate) fn assemble(
         config: ModelConfig,
-        tensors: &Tensors<'_>,
+        source: &dyn TensorSource,
         device: &Compute,
     ) -> Result<Self, ModelError> {
-        let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
-        let Some((_, build)) = family else {
-            return Err(ModelError::UnknownFamily { model_type: config.model_type, known: FAMILY_NAMES });
-        };
-        let decoder = build(&config, tensors)?;
+        let decoder = assemble::decoder(&config, source)?;
         Ok(Self { config, decoder, backend: device.backend() })
     }
 
@@ -174,7 +161,7 @@ impl Model {
         }
         let losses = self.inside(|| {
             let (positions, spans) = pack.layout();
-            workspace.rope.prepare(&self.decoder.rope, &positions);
+            self.decoder.prepare(workspace, &positions);
             let pass = self.pass(Some(adapter), &positions, &spans);
             self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
             let losses = self.decoder.loss(&pass, pack, &rows, Some(scale), workspace)?;
@@ -242,8 +229,7 @@ impl Model {
 
     /// An empty cache for `sequences` sequences of up to `capacity` tokens each.
     pub fn new_cache(&self, sequences: usize, capacity: usize) -> KvCache {
-        let width = self.config.num_key_value_heads * self.config.head_dim;
-        KvCache::new(self.config.num_hidden_layers, width, sequences, capacity)
+        KvCache::new(self.decoder.kept(), sequences, capacity)
     }
 
     /// Feeds new tokens to each sequence of the cache (many: prefill; one: a decoding step; none: the
@@ -265,9 +251,9 @@ impl Model {
             return Ok(vec![None; tokens.len()]);
         }
         let logits = self.inside(|| {
-            workspace.rope.prepare(&self.decoder.rope, &layout.positions);
+            self.decoder.prepare(workspace, &layout.positions);
             let pass = self.pass(adapter, &layout.positions, &layout.spans);
-            self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout.rows)))?;
+            self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout)))?;
             Ok::<_, ModelError>(self.decoder.logits(&pass, &layout.last_rows(), workspace))
         })?;
         cache.advance(tokens);
@@ -286,7 +272,7 @@ impl Model {
         self.check(adapter, &pack.tokens)?;
         self.inside(|| {
             let (positions, spans) = pack.layout();
-            workspace.rope.prepare(&self.decoder.rope, &positions);
+            self.decoder.prepare(workspace, &positions);
             let pass = self.pass(adapter, &positions, &spans);
             self.decoder.forward(&pass, &pack.tokens, workspace, keep, None)
         })
@@ -317,6 +303,35 @@ impl Model {
         let (mut work, mut result) = (Some(work), None);
         self.backend.enter(&mut || result = work.take().map(|work| work()));
         result.expect("the backend runs the work once")
+    }
+}
+
+impl TensorSource for Checkpoint {
+    fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        let matrix = self.matrix(name)?;
+        match (matrix.rows, matrix.cols) == (rows, cols) {
+            true => Ok(matrix),
+            false => Err(ModelError::Shape {
+                tensor: name.to_owned(),
+                got: vec![matrix.rows, matrix.cols],
+                expected: vec![rows, cols],
+            }),
+        }
+    }
+
+    fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        self.linear(name, rows, cols)
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != shape {
+            let expected = shape.to_vec();
+            return Err(ModelError::Shape { tensor: name.to_owned(), got: tensor.shape, expected });
+        }
+        let mut values = vec![0.0; tensor.len()];
+        tensor.decode_rows(0, &mut values);
+        Ok(values)
     }
 }
 

@@ -2,11 +2,13 @@
 //! encodings, and against itself under other thread counts, bit for bit.
 
 use super::{
-    AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, Lora, LoraGradient, Reference,
-    RopeTable, Rotation, Span, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, LogitMap, Lora,
+    LoraGradient, Reference, RopeTable, Rotation, Span, Write,
 };
 use crate::matrix::{Bytes, Matrix, Values};
 use crate::quant::Nf4;
+
+mod recurrent;
 
 /// Values in ±1 that repeat for the same seed.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
@@ -95,12 +97,15 @@ fn lora_and_its_backward() {
 
 #[test]
 fn norm_and_its_backward() {
-    for (tokens, c) in [(1, 1), (3, 20), (70, 576), (33, 37)] {
-        check(&format!("norm {tokens}x{c}"), 1e-5, |backend| {
+    // Whole rows, heads of a row, groups of channels.
+    for (tokens, c, group) in
+        [(1, 1, 1), (3, 20, 20), (70, 576, 576), (33, 37, 37), (900, 6, 6), (70, 96, 32)]
+    {
+        check(&format!("norm {tokens}x{c} by {group}"), 1e-5, |backend| {
             let (x, weight, dy) = (noise(1, tokens * c), noise(2, c), noise(3, tokens * c));
             let (mut y, mut dx) = (vec![9.0; tokens * c], noise(4, tokens * c));
-            backend.rms_norm(&mut y, &x, &weight, 1e-5);
-            backend.rms_norm_backward(&mut dx, &dy, &x, &weight, 1e-5);
+            backend.rms_norm(&mut y, &x, &weight, group, 1e-5);
+            backend.rms_norm_backward(&mut dx, &dy, &x, &weight, group, 1e-5);
             vec![y, dx]
         });
     }
@@ -109,17 +114,42 @@ fn norm_and_its_backward() {
 #[test]
 fn elementwise_operations() {
     for len in [1, 15, 16, 100, 40_003] {
-        check(&format!("elementwise {len}"), 1e-5, |backend| {
-            let wide = |seed| -> Vec<f32> { noise(seed, len).iter().map(|value| 20.0 * value).collect() };
-            let (mut gate, mut up, dy) = (wide(1), wide(2), noise(3, len));
-            let mut y = vec![9.0; len];
-            backend.swiglu(&mut y, &gate, &up);
-            backend.swiglu_backward(&mut gate, &mut up, &dy);
-            let mut sum = dy.clone();
-            backend.add(&mut sum, &y);
-            let mut biased = sum.clone();
-            backend.add_bias(&mut biased, &gate);
-            vec![y, gate, up, sum, biased]
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            check(&format!("elementwise {len} {activation:?}"), 1e-5, |backend| {
+                let wide = |seed| -> Vec<f32> { noise(seed, len).iter().map(|value| 20.0 * value).collect() };
+                let (mut gate, mut up, dy) = (wide(1), wide(2), noise(3, len));
+                let mut y = vec![9.0; len];
+                backend.glu(&mut y, &gate, &up, activation);
+                backend.glu_backward(&mut gate, &mut up, &dy, activation);
+                let mut sum = dy.clone();
+                backend.add(&mut sum, &y);
+                let mut biased = sum.clone();
+                backend.add_bias(&mut biased, &gate);
+                let mut scaled = biased.clone();
+                backend.scale(&mut scaled, -0.3);
+                let mut mapped = wide(4);
+                backend.map_logits(&mut mapped, LogitMap { scale: 0.7, softcap: Some(3.0) });
+                let mut smaller = wide(5);
+                backend.map_logits(&mut smaller, LogitMap { scale: 0.125, softcap: None });
+                vec![y, gate, up, sum, biased, scaled, mapped, smaller]
+            });
+        }
+    }
+}
+
+#[test]
+fn split_is_what_join_puts_together() {
+    for (rows, widths) in [(1, [1, 1, 1]), (3, [5, 2, 7]), (100, [64, 80, 3])] {
+        let x = noise(1, rows * widths.iter().sum::<usize>());
+        check(&format!("split {rows} rows into {widths:?}"), 0.0, |backend| {
+            let mut parts = widths.map(|width| vec![9.0; rows * width]);
+            let [a, b, c] = &mut parts;
+            backend.split(&mut [a, b, c], &x, rows);
+            let mut joined = vec![9.0; x.len()];
+            let [a, b, c] = &parts;
+            backend.join(&mut joined, &[a, b, c], rows);
+            assert_eq!(joined, x);
+            parts.to_vec()
         });
     }
 }
@@ -143,6 +173,16 @@ fn rotation_and_back() {
     });
 }
 
+/// Plain attention, a window, a cap, and all at once with a scale that is not 1 / sqrt(D).
+fn attention_kinds(shape: AttentionShape<'_>) -> [AttentionShape<'_>; 4] {
+    [
+        shape,
+        AttentionShape { window: Some(5), ..shape },
+        AttentionShape { softcap: Some(0.4), ..shape },
+        AttentionShape { window: Some(67), softcap: Some(0.7), scale: 0.9, ..shape },
+    ]
+}
+
 #[test]
 fn attention_and_its_backward() {
     let cases: [(&[usize], usize, usize, usize); 4] =
@@ -154,18 +194,24 @@ fn attention_and_its_backward() {
             spans.push(Span { queries: tokens..tokens + len, keys: tokens..tokens + len });
             tokens += len;
         }
-        let shape = AttentionShape { heads, kv_heads, head_dim, spans: &spans };
-        check(&format!("attention {lengths:?} {heads}/{kv_heads}x{head_dim}"), 2e-5, |backend| {
-            let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
-            let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
-            let (mut out, mut logsumexp) = (vec![9.0; width], vec![9.0; tokens * heads]);
-            backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
-            let (mut dq, mut dk, mut dv) = (vec![9.0; width], vec![9.0; kv_width], vec![9.0; kv_width]);
-            let gradient = AttentionGradient { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-            let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &out, logsumexp: &logsumexp };
-            backend.attention_backward(gradient, &noise(4, width), &saved, &shape, &mut Vec::new());
-            vec![out, logsumexp, dq, dk, dv]
-        });
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let plain =
+            AttentionShape { heads, kv_heads, head_dim, scale, softcap: None, window: None, spans: &spans };
+        for shape in attention_kinds(plain) {
+            let (window, softcap) = (shape.window, shape.softcap);
+            let what = format!("{lengths:?} {heads}/{kv_heads}x{head_dim} {window:?} {softcap:?}");
+            check(&format!("attention {what}"), 2e-5, |backend| {
+                let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
+                let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
+                let (mut out, mut logsumexp) = (vec![9.0; width], vec![9.0; tokens * heads]);
+                backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
+                let (mut dq, mut dk, mut dv) = (vec![9.0; width], vec![9.0; kv_width], vec![9.0; kv_width]);
+                let gradient = AttentionGradient { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+                let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &out, logsumexp: &logsumexp };
+                backend.attention_backward(gradient, &noise(4, width), &saved, &shape, &mut Vec::new());
+                vec![out, logsumexp, dq, dk, dv]
+            });
+        }
     }
 }
 
@@ -176,20 +222,63 @@ fn attention_over_a_cache() {
         Span { queries: 1..71, keys: 10..100 },
         Span { queries: 71..72, keys: 100..101 },
     ];
-    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 6, spans: &spans };
-    check("cached attention", 1e-5, |backend| {
-        let (q, k, v) = (noise(1, 72 * 24), noise(2, 120 * 12), noise(3, 120 * 12));
-        let (mut out, mut logsumexp) = (vec![9.0; 72 * 24], vec![9.0; 72 * 4]);
-        backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
-        vec![out, logsumexp]
-    });
+    let plain = AttentionShape {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 6,
+        scale: 0.4,
+        softcap: None,
+        window: None,
+        spans: &spans,
+    };
+    for shape in attention_kinds(plain) {
+        check(&format!("cached attention {:?}", shape.window), 1e-5, |backend| {
+            let (q, k, v) = (noise(1, 72 * 24), noise(2, 120 * 12), noise(3, 120 * 12));
+            let (mut out, mut logsumexp) = (vec![9.0; 72 * 24], vec![9.0; 72 * 4]);
+            backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
+            vec![out, logsumexp]
+        });
+    }
+}
+
+#[test]
+fn window_hides_what_lies_before_it() {
+    let spans = [Span { queries: 0..70, keys: 0..70 }];
+    let shape = |window| AttentionShape {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        scale: 0.5,
+        softcap: None,
+        window,
+        spans: &spans,
+    };
+    let (q, k) = (noise(1, 70 * 8), noise(2, 70 * 4));
+    for backend in [&Reference as &dyn Backend, &Cpu::new(2)] {
+        let run = |window, v: &[f32]| {
+            let (mut out, mut logsumexp) = (vec![9.0; 70 * 8], vec![9.0; 70 * 2]);
+            backend.attention(&mut out, &mut logsumexp, &q, &k, v, &shape(window));
+            out
+        };
+        let v = noise(3, 70 * 4);
+        let mut changed = v.clone();
+        changed[30 * 4] += 1.0;
+        let (before, after) = (run(Some(7), &v), run(Some(7), &changed));
+        for row in 0..70 {
+            let same = before[row * 8..(row + 1) * 8] == after[row * 8..(row + 1) * 8];
+            assert_eq!(same, !(30..37).contains(&row), "row {row}");
+        }
+        assert_eq!(run(Some(70), &v), run(None, &v));
+    }
 }
 
 #[test]
 fn embedding_and_cross_entropy() {
     for (rows, vocabulary, c) in [(1, 3, 2), (40, 1000, 33), (5, 97, 64)] {
-        for (encoding, head) in encodings(vocabulary, c) {
-            check(&format!("cross-entropy {rows}x{vocabulary}x{c} {encoding}"), 1e-5, |backend| {
+        let capped = LogitMap { scale: 0.6, softcap: Some(0.8) };
+        let maps = [LogitMap::IDENTITY, LogitMap { scale: 0.3, softcap: None }, capped, LogitMap::IDENTITY];
+        for ((encoding, head), map) in encodings(vocabulary, c).into_iter().zip(maps) {
+            check(&format!("cross-entropy {rows}x{vocabulary}x{c} {encoding} {map:?}"), 1e-5, |backend| {
                 let targets: Vec<u32> = (0..rows).map(|row| (row * 37 % vocabulary) as u32).collect();
                 let mut hidden = vec![9.0; rows * c];
                 backend.embed(&mut hidden, &head, &targets);
@@ -198,8 +287,8 @@ fn embedding_and_cross_entropy() {
                 let (mut nll, mut again) = (vec![9.0; rows], vec![9.0; rows]);
                 let mut dhidden = vec![9.0; rows * c];
                 let gradient = Some((&mut dhidden[..], 0.3));
-                backend.cross_entropy(&mut nll, gradient, &hidden, &targets, &head, &mut Vec::new());
-                backend.cross_entropy(&mut again, None, &hidden, &targets, &head, &mut Vec::new());
+                backend.cross_entropy(&mut nll, gradient, &hidden, &targets, &head, map, &mut Vec::new());
+                backend.cross_entropy(&mut again, None, &hidden, &targets, &head, map, &mut Vec::new());
                 assert_eq!(nll, again);
                 vec![hidden, nll.iter().map(|nll| *nll as f32).collect(), dhidden]
             });

@@ -13,17 +13,19 @@
 use rayon::prelude::*;
 
 use super::{
-    AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Lora, LoraGradient, RopeTable,
-    Rotation, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Carry, Convolution,
+    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Write,
 };
 use crate::matrix::Matrix;
 
 mod attention;
+mod conv;
 mod decode;
 mod entropy;
 mod linear;
 mod product;
 mod rows;
+mod scan;
 mod scratch;
 
 use product::Shared;
@@ -134,18 +136,26 @@ impl Backend for Cpu {
         });
     }
 
-    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32) {
         assert_eq!(y.len(), x.len(), "BUG: shape of a norm");
-        self.run_over(y, TASK_ROWS * weight.len(), |start, y| {
-            rows::rms_norm(y, &x[start..start + y.len()], weight, epsilon);
+        self.run_over(y, norm_step(weight), |start, y| {
+            rows::rms_norm(y, &x[start..start + y.len()], weight, group, epsilon);
         });
     }
 
-    fn rms_norm_backward(&self, dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
+    fn rms_norm_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        group: usize,
+        epsilon: f32,
+    ) {
         assert!(dx.len() == x.len() && dy.len() == x.len(), "BUG: shape of a norm");
-        self.run_over(dx, TASK_ROWS * weight.len(), |start, dx| {
+        self.run_over(dx, norm_step(weight), |start, dx| {
             let range = start..start + dx.len();
-            rows::rms_norm_backward(dx, &dy[range.clone()], &x[range], weight, epsilon);
+            rows::rms_norm_backward(dx, &dy[range.clone()], &x[range], weight, group, epsilon);
         });
     }
 
@@ -193,20 +203,27 @@ impl Backend for Cpu {
         attention::backward(self, gradient, dout, saved, shape, scratch);
     }
 
-    fn swiglu(&self, y: &mut [f32], gate: &[f32], up: &[f32]) {
+    fn glu(&self, y: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
         self.run_over(y, TASK_VALUES, |start, y| {
-            let range = start..start + y.len();
-            rows::swiglu(y, &gate[range.clone()], &up[range]);
+            let (gate, up) = (&gate[start..start + y.len()], &up[start..start + y.len()]);
+            match activation {
+                Activation::Silu => rows::swiglu(y, gate, up),
+                Activation::GeluTanh => rows::geglu(y, gate, up),
+            }
         });
     }
 
-    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    fn glu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: Activation) {
         assert!(gate.len() == dy.len() && up.len() == dy.len(), "BUG: shape of a gate");
         let up = Shared::new(up);
         self.run_over(gate, TASK_VALUES, |start, gate| {
             let range = start..start + gate.len();
             // SAFETY: the ranges are those of `gate`, which do not overlap.
-            rows::swiglu_backward(gate, unsafe { up.slice(range.clone()) }, &dy[range]);
+            let up = unsafe { up.slice(range.clone()) };
+            match activation {
+                Activation::Silu => rows::swiglu_backward(gate, up, &dy[range]),
+                Activation::GeluTanh => rows::geglu_backward(gate, up, &dy[range]),
+            }
         });
     }
 
@@ -226,13 +243,91 @@ impl Backend for Cpu {
         hidden: &[f32],
         targets: &[u32],
         head: &Matrix,
+        map: LogitMap,
         scratch: &mut Vec<f32>,
     ) {
-        entropy::cross_entropy(self, nll, gradient, hidden, targets, head, scratch);
+        entropy::cross_entropy(self, nll, gradient, hidden, targets, head, map, scratch);
+    }
+
+    fn map_logits(&self, logits: &mut [f32], map: LogitMap) {
+        if map != LogitMap::IDENTITY {
+            self.run_over(logits, TASK_VALUES, |_, logits| rows::map_logits(logits, map));
+        }
     }
 
     fn add(&self, y: &mut [f32], x: &[f32]) {
         assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
         self.run_over(y, TASK_VALUES, |start, y| rows::add(y, &x[start..start + y.len()]));
     }
+
+    fn scale(&self, y: &mut [f32], factor: f32) {
+        self.run_over(y, TASK_VALUES, |_, y| rows::scale(y, factor));
+    }
+
+    fn split(&self, parts: &mut [&mut [f32]], x: &[f32], rows: usize) {
+        let width = x.len() / rows;
+        assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), x.len(), "BUG: parts of a split");
+        let mut start = 0;
+        for part in parts {
+            let cols = part.len() / rows;
+            self.run_over(part, TASK_ROWS * cols, |at, part| {
+                let rows = x[at / cols * width..].chunks(width);
+                for (part, row) in part.chunks_exact_mut(cols).zip(rows) {
+                    part.copy_from_slice(&row[start..start + cols]);
+                }
+            });
+            start += cols;
+        }
+    }
+
+    fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize) {
+        let width = x.len() / rows;
+        assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), x.len(), "BUG: parts of a join");
+        self.run_over(x, TASK_ROWS * width, |at, x| {
+            for (row, x) in (at / width..).zip(x.chunks_exact_mut(width)) {
+                let mut start = 0;
+                for part in parts {
+                    let cols = part.len() / rows;
+                    x[start..start + cols].copy_from_slice(&part[row * cols..(row + 1) * cols]);
+                    start += cols;
+                }
+            }
+        });
+    }
+
+    fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
+        conv::forward(self, y, x, conv, carry);
+    }
+
+    fn causal_conv_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        conv: &Convolution<'_>,
+        scratch: &mut Vec<f32>,
+    ) {
+        conv::backward(self, dx, dy, x, conv, scratch);
+    }
+
+    fn scan(&self, y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
+        scan::forward(self, y, input, scan, carry);
+    }
+
+    fn scan_backward(
+        &self,
+        gradient: ScanGradient<'_>,
+        dy: &[f32],
+        input: &ScanInput<'_>,
+        scan: &Scan<'_>,
+        scratch: &mut Vec<f32>,
+    ) {
+        scan::backward(self, gradient, dy, input, scan, scratch);
+    }
+}
+
+/// Values of a norm that a task takes: whole rows of a weight, about as many values as elsewhere where the
+/// weight is that of a head.
+fn norm_step(weight: &[f32]) -> usize {
+    weight.len() * TASK_ROWS.max(TASK_VALUES / weight.len())
 }

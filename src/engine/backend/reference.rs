@@ -2,10 +2,12 @@
 //! `conformance` holds the fast backend against it. Sums run in f64 so that its own error is negligible.
 
 use super::{
-    AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Lora, LoraGradient, RopeTable,
-    Rotation, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Carry, Convolution,
+    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Write,
 };
 use crate::matrix::Matrix;
+
+mod recurrent;
 
 /// Plain loops.
 #[derive(Debug, Clone, Copy)]
@@ -95,23 +97,32 @@ impl Backend for Reference {
         }
     }
 
-    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
-        let c = weight.len();
-        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32) {
+        let weights = weight.chunks_exact(group).cycle();
+        for ((y, x), weight) in y.chunks_exact_mut(group).zip(x.chunks_exact(group)).zip(weights) {
             let inverse = inverse_rms(x, epsilon);
-            for i in 0..c {
+            for i in 0..group {
                 y[i] = (f64::from(x[i]) * inverse) as f32 * weight[i];
             }
         }
     }
 
-    fn rms_norm_backward(&self, dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
-        let c = weight.len();
-        for ((dx, dy), x) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)) {
+    fn rms_norm_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        group: usize,
+        epsilon: f32,
+    ) {
+        let weights = weight.chunks_exact(group).cycle();
+        let rows = dx.chunks_exact_mut(group).zip(dy.chunks_exact(group)).zip(x.chunks_exact(group));
+        for (((dx, dy), x), weight) in rows.zip(weights) {
             let inverse = inverse_rms(x, epsilon);
             let weighted: Vec<f32> = dy.iter().zip(weight).map(|(dy, w)| dy * w).collect();
-            let pull = dot(&weighted, x) * inverse.powi(3) / c as f64;
-            for i in 0..c {
+            let pull = dot(&weighted, x) * inverse.powi(3) / group as f64;
+            for i in 0..group {
                 dx[i] += (inverse * f64::from(weighted[i]) - pull * f64::from(x[i])) as f32;
             }
         }
@@ -187,9 +198,11 @@ impl Backend for Reference {
             let logsumexp = f64::from(saved.logsumexp[at.row * shape.heads + at.head]);
             for key_row in at.keys() {
                 let key = at.key_at(key_row)..at.key_at(key_row) + dim;
-                let probability = (at.score(saved.q, saved.k, key_row) - logsumexp).exp();
+                let score = at.score(saved.q, saved.k, key_row);
+                let probability = (score - logsumexp).exp();
                 let dprobability = dot(&dout[query.clone()], &saved.v[key.clone()]);
-                let dscore = (probability * (dprobability - delta)) as f32 * shape.scale();
+                let slope = shape.softcap.map_or(1.0, |cap| 1.0 - (score / f64::from(cap)).powi(2));
+                let dscore = (probability * (dprobability - delta) * slope) as f32 * shape.scale;
                 for d in 0..dim {
                     dq[query.start + d] += dscore * saved.k[key.start + d];
                     dk[key.start + d] += dscore * saved.q[query.start + d];
@@ -199,17 +212,17 @@ impl Backend for Reference {
         });
     }
 
-    fn swiglu(&self, y: &mut [f32], gate: &[f32], up: &[f32]) {
+    fn glu(&self, y: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
         for i in 0..y.len() {
-            y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+            y[i] = activate(gate[i], activation).0 * up[i];
         }
     }
 
-    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    fn glu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: Activation) {
         for i in 0..dy.len() {
-            let (g, u, sigmoid) = (gate[i], up[i], sigmoid(gate[i]));
-            gate[i] = dy[i] * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
-            up[i] = dy[i] * g * sigmoid;
+            let (value, slope) = activate(gate[i], activation);
+            gate[i] = dy[i] * up[i] * slope;
+            up[i] = dy[i] * value;
         }
     }
 
@@ -226,13 +239,15 @@ impl Backend for Reference {
         hidden: &[f32],
         targets: &[u32],
         head: &Matrix,
+        map: LogitMap,
         _scratch: &mut Vec<f32>,
     ) {
         let (vocabulary, c) = (head.rows, head.cols);
         let w = head.to_f32();
         for (row, (&target, nll)) in targets.iter().zip(nll).enumerate() {
             let x = &hidden[row * c..(row + 1) * c];
-            let logits: Vec<f64> = (0..vocabulary).map(|id| dot(x, &w[id * c..(id + 1) * c])).collect();
+            let plain = (0..vocabulary).map(|id| dot(x, &w[id * c..(id + 1) * c]));
+            let (logits, slopes): (Vec<f64>, Vec<f64>) = plain.map(|logit| mapped(logit, map)).unzip();
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let logsumexp = largest + logits.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln();
             *nll = logsumexp - logits[target as usize];
@@ -241,7 +256,7 @@ impl Backend for Reference {
                     let sum: f64 = (0..vocabulary)
                         .map(|id| {
                             let hit = if id == target as usize { 1.0 } else { 0.0 };
-                            ((logits[id] - logsumexp).exp() - hit) * f64::from(w[id * c + i])
+                            ((logits[id] - logsumexp).exp() - hit) * slopes[id] * f64::from(w[id * c + i])
                         })
                         .sum();
                     dhidden[row * c + i] = *scale * sum as f32;
@@ -254,6 +269,102 @@ impl Backend for Reference {
         assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
         for (y, x) in y.iter_mut().zip(x) {
             *y += x;
+        }
+    }
+
+    fn map_logits(&self, logits: &mut [f32], map: LogitMap) {
+        for logit in logits {
+            *logit = mapped(f64::from(*logit), map).0 as f32;
+        }
+    }
+
+    fn scale(&self, y: &mut [f32], factor: f32) {
+        for y in y {
+            *y *= factor;
+        }
+    }
+
+    fn split(&self, parts: &mut [&mut [f32]], x: &[f32], rows: usize) {
+        let width = x.len() / rows;
+        let mut start = 0;
+        for part in parts {
+            let cols = part.len() / rows;
+            for (row, part) in part.chunks_exact_mut(cols).enumerate() {
+                part.copy_from_slice(&x[row * width + start..row * width + start + cols]);
+            }
+            start += cols;
+        }
+        assert_eq!(start, width, "BUG: parts of a split");
+    }
+
+    fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize) {
+        let width = x.len() / rows;
+        let mut start = 0;
+        for part in parts {
+            let cols = part.len() / rows;
+            for (row, part) in part.chunks_exact(cols).enumerate() {
+                x[row * width + start..row * width + start + cols].copy_from_slice(part);
+            }
+            start += cols;
+        }
+        assert_eq!(start, width, "BUG: parts of a join");
+    }
+
+    fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
+        recurrent::conv(y, x, conv, carry);
+    }
+
+    fn causal_conv_backward(
+        &self,
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        conv: &Convolution<'_>,
+        _scratch: &mut Vec<f32>,
+    ) {
+        recurrent::conv_backward(dx, dy, x, conv);
+    }
+
+    fn scan(&self, y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
+        recurrent::scan(y, input, scan, carry);
+    }
+
+    fn scan_backward(
+        &self,
+        gradient: ScanGradient<'_>,
+        dy: &[f32],
+        input: &ScanInput<'_>,
+        scan: &Scan<'_>,
+        _scratch: &mut Vec<f32>,
+    ) {
+        recurrent::scan_backward(gradient, dy, input, scan);
+    }
+}
+
+/// The gate's value and slope at x.
+fn activate(x: f32, activation: Activation) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = sigmoid(x);
+            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+        }
+        Activation::GeluTanh => {
+            let (x, root) = (f64::from(x), (2.0 / std::f64::consts::PI).sqrt());
+            let tanh = (root * (x + 0.044715 * x.powi(3))).tanh();
+            let inner = root * (1.0 + 3.0 * 0.044715 * x * x);
+            ((0.5 * x * (1.0 + tanh)) as f32, (0.5 * (1.0 + tanh + x * (1.0 - tanh * tanh) * inner)) as f32)
+        }
+    }
+}
+
+/// A logit and its slope.
+fn mapped(logit: f64, map: LogitMap) -> (f64, f64) {
+    let scale = f64::from(map.scale);
+    match map.softcap.map(f64::from) {
+        None => (logit * scale, scale),
+        Some(cap) => {
+            let tanh = (logit * scale / cap).tanh();
+            (cap * tanh, scale * (1.0 - tanh * tanh))
         }
     }
 }
@@ -287,7 +398,8 @@ impl Query<'_> {
     fn score(&self, q: &[f32], k: &[f32], key: usize) -> f64 {
         let dim = self.shape.head_dim;
         let (query, key) = (self.query_at(), self.key_at(key));
-        dot(&q[query..query + dim], &k[key..key + dim]) * f64::from(self.shape.scale())
+        let score = dot(&q[query..query + dim], &k[key..key + dim]) * f64::from(self.shape.scale);
+        self.shape.softcap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
     }
 }
 
@@ -296,7 +408,8 @@ fn each_query(shape: &AttentionShape<'_>, mut visit: impl FnMut(&Query<'_>)) {
         let past = span.keys.len() - span.queries.len();
         for (i, row) in span.queries.clone().enumerate() {
             for head in 0..shape.heads {
-                let keys = span.keys.start..span.keys.start + past + i + 1;
+                let seen = shape.seen(past + i + 1);
+                let keys = span.keys.start + seen.start..span.keys.start + seen.end;
                 visit(&Query { shape, row, head, keys });
             }
         }

@@ -14,7 +14,7 @@ use serde_json::{Map, json};
 
 use crate::base::{BaseError, Quantize, sixteen_bit};
 use crate::format::{Checkpoint, TensorData};
-use crate::model::ModelConfig;
+use crate::model::{TensorSpec, tensors};
 use crate::quant::BLOCK;
 use crate::quant::nested::NESTED_BLOCK;
 
@@ -104,55 +104,22 @@ impl Part {
 
 /// All tensors of the base, checked against the checkpoint: each there, each of the expected shape.
 pub(super) fn plan(checkpoint: &Checkpoint, quantize: Quantize) -> Result<Vec<Planned>, BaseError> {
-    let expected = expected_tensors(checkpoint.config());
-    let planned = expected.into_iter().map(|(name, shape, linear)| {
+    let expected = tensors(checkpoint.config())?;
+    let planned = expected.into_iter().map(|TensorSpec { name, shape, linear }| {
         let tensor = checkpoint.tensor(&name)?;
         if tensor.shape != shape {
             return Err(BaseError::Shape { tensor: name, got: tensor.shape, expected: shape });
         }
         let encoding = match (&tensor.data, shape.len()) {
             (TensorData::Nf4(_), _) => Encoding::StoredNf4,
-            _ if linear && shape.len() == 2 && quantize == Quantize::Nf4 => Encoding::Nf4,
+            _ if linear && quantize == Quantize::Nf4 => Encoding::Nf4,
             // Norms and biases are small and sensitive; f32 ones stay exact.
             (TensorData::F32(_), 1) => Encoding::F32,
             _ => sixteen_bit(&tensor),
         };
-        Ok(Planned { name, shape, linear: linear && tensor.shape.len() == 2, encoding })
+        Ok(Planned { name, shape, linear, encoding })
     });
     planned.collect()
-}
-
-/// Name, shape and whether it belongs to a layer's linear, of every tensor of a llama model.
-fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>, bool)> {
-    let ModelConfig { hidden_size: hidden, intermediate_size: intermediate, vocab_size: vocab, .. } = *config;
-    let queries = config.num_attention_heads * config.head_dim;
-    let keys = config.num_key_value_heads * config.head_dim;
-    let linears = [
-        ("self_attn.q_proj", queries, hidden, config.attention_bias),
-        ("self_attn.k_proj", keys, hidden, config.attention_bias),
-        ("self_attn.v_proj", keys, hidden, config.attention_bias),
-        ("self_attn.o_proj", hidden, queries, config.attention_bias),
-        ("mlp.gate_proj", intermediate, hidden, config.mlp_bias),
-        ("mlp.up_proj", intermediate, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, intermediate, config.mlp_bias),
-    ];
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden], false)];
-    for layer in 0..config.num_hidden_layers {
-        let prefix = format!("model.layers.{layer}");
-        tensors.push((format!("{prefix}.input_layernorm.weight"), vec![hidden], false));
-        tensors.push((format!("{prefix}.post_attention_layernorm.weight"), vec![hidden], false));
-        for (name, rows, cols, bias) in linears {
-            tensors.push((format!("{prefix}.{name}.weight"), vec![rows, cols], true));
-            if bias {
-                tensors.push((format!("{prefix}.{name}.bias"), vec![rows], false));
-            }
-        }
-    }
-    tensors.push(("model.norm.weight".to_owned(), vec![hidden], false));
-    if !config.tie_word_embeddings {
-        tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden], false));
-    }
-    tensors
 }
 
 /// bitsandbytes' description of a 4-bit tensor; `nested_offset` where its scales are nested.

@@ -1,5 +1,5 @@
 //! The GGUF container, versions 2 and 3: metadata and tensors of a mapped file, or of all files of a split
-//! model. Knows nothing of model families (see `gguf_llama`).
+//! model. Knows nothing of model families (see `gguf_model`).
 //!
 //! `header` reads one file's metadata and tensor table; `split` finds and checks the parts.
 

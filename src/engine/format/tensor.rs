@@ -14,7 +14,7 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// The encoded values, row-major.
     pub data: TensorData,
-    /// Rows per head where the file interleaves the two halves of each head's rows (see `gguf_llama`):
+    /// Rows per head where the file interleaves the two halves of each head's rows (see `gguf_tensors`):
     /// row (head, half, i) of this tensor is row (head, i, half) of the file.
     pub interleaved: Option<usize>,
 }

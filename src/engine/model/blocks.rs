@@ -6,8 +6,10 @@ use crate::backend::{Backend, Span};
 
 pub(super) mod attention;
 pub(super) mod linear;
+pub(super) mod mamba;
 pub(super) mod mlp;
 pub(super) mod norm;
+pub(super) mod residual;
 pub(super) mod rope;
 
 /// What every block of one pass shares.

@@ -1,10 +1,14 @@
-//! Keys and values of tokens already seen, so that decoding costs one token a step. Each sequence has its own
-//! stretch of `capacity` rows and its own length; sequences advance independently.
+//! What decoding keeps of tokens already seen, so that a step costs one token: keys and values of attention
+//! layers, states of Mamba layers. Each sequence has its own stretch of rows or its own state, and its own
+//! length; sequences advance independently.
+//!
+//! A pass that fails leaves the cache as it was: keys beyond a sequence's length are never read, and new states
+//! stand beside the old ones until `advance`.
 
 use super::ModelError;
-use crate::backend::Span;
+use crate::backend::{Carry, Span};
 
-/// Keys (after rotation) and values of several sequences, for every layer.
+/// The past of several sequences, for every layer.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,
@@ -12,11 +16,42 @@ pub struct KvCache {
     capacity: usize,
 }
 
-/// One layer's (sequences · capacity, kv_heads·D) keys and values.
+/// One layer's share.
 #[derive(Debug, Clone)]
-pub(super) struct LayerCache {
+pub(super) enum LayerCache {
+    Attention(KeysValues),
+    Mamba(RecurrentState),
+}
+
+/// Keys (after rotation) and values, (sequences · capacity, kv_heads·D) each.
+#[derive(Debug, Clone)]
+pub(super) struct KeysValues {
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
+}
+
+/// The states of a convolution and of a scan.
+#[derive(Debug, Clone)]
+pub(super) struct RecurrentState {
+    conv: Slots,
+    scan: Slots,
+}
+
+/// One block of values a sequence, as of its length, and as it will be after the pass under way.
+#[derive(Debug, Clone)]
+struct Slots {
+    past: Vec<f32>,
+    next: Vec<f32>,
+    size: usize,
+}
+
+/// What a layer keeps.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kept {
+    /// Keys and values of so many channels a token.
+    Rows { width: usize },
+    /// States of so many values a sequence.
+    States { conv: usize, scan: usize },
 }
 
 /// Where newly fed tokens go.
@@ -27,6 +62,8 @@ pub(super) struct CacheLayout {
     pub(super) rows: Vec<usize>,
     /// Queries: fed rows; keys: rows of the cache. One span a sequence that advances.
     pub(super) spans: Vec<Span>,
+    /// The sequence of each span.
+    pub(super) slots: Vec<usize>,
 }
 
 impl CacheLayout {
@@ -36,11 +73,45 @@ impl CacheLayout {
     }
 }
 
+impl RecurrentState {
+    /// The states of the convolution and of the scan, for spans of the given sequences.
+    pub(super) fn carries<'a>(&'a mut self, slots: &'a [usize]) -> (Carry<'a>, Carry<'a>) {
+        (self.conv.carry(slots), self.scan.carry(slots))
+    }
+}
+
+impl Slots {
+    fn new(sequences: usize, size: usize) -> Self {
+        Self { past: vec![0.0; sequences * size], next: vec![0.0; sequences * size], size }
+    }
+
+    fn carry<'a>(&'a mut self, slots: &'a [usize]) -> Carry<'a> {
+        Carry { slots, past: &self.past, next: &mut self.next }
+    }
+
+    fn commit(&mut self, slot: usize) {
+        let values = slot * self.size..(slot + 1) * self.size;
+        self.past[values.clone()].copy_from_slice(&self.next[values]);
+    }
+
+    fn clear(&mut self, slot: usize) {
+        self.past[slot * self.size..(slot + 1) * self.size].fill(0.0);
+    }
+}
+
 impl KvCache {
-    pub(super) fn new(layers: usize, width: usize, sequences: usize, capacity: usize) -> Self {
-        let size = sequences * capacity * width;
-        let layer = || LayerCache { k: vec![0.0; size], v: vec![0.0; size] };
-        Self { layers: (0..layers).map(|_| layer()).collect(), lengths: vec![0; sequences], capacity }
+    pub(super) fn new(layers: impl Iterator<Item = Kept>, sequences: usize, capacity: usize) -> Self {
+        let layer = |kept| match kept {
+            Kept::Rows { width } => {
+                let size = sequences * capacity * width;
+                LayerCache::Attention(KeysValues { k: vec![0.0; size], v: vec![0.0; size] })
+            }
+            Kept::States { conv, scan } => LayerCache::Mamba(RecurrentState {
+                conv: Slots::new(sequences, conv),
+                scan: Slots::new(sequences, scan),
+            }),
+        };
+        Self { layers: layers.map(layer).collect(), lengths: vec![0; sequences], capacity }
     }
 
     /// Number of tokens each sequence holds.
@@ -53,16 +124,36 @@ impl KvCache {
         self.capacity
     }
 
-    /// Forgets all but the first `len` tokens of a sequence.
-    pub fn truncate(&mut self, sequence: usize, len: usize) {
-        self.lengths[sequence] = self.lengths[sequence].min(len);
+    /// Forgets all but the first `len` tokens of a sequence. A sequence with Mamba layers can only be forgotten
+    /// as a whole, for their state does not remember its way back.
+    ///
+    /// # Errors
+    /// [`ModelError::CacheKeepsNoPast`] where only some tokens of such a sequence should go.
+    pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<(), ModelError> {
+        if len >= self.lengths[sequence] {
+            return Ok(());
+        }
+        let states = self.layers.iter_mut().filter_map(|layer| match layer {
+            LayerCache::Attention(_) => None,
+            LayerCache::Mamba(state) => Some(state),
+        });
+        for state in states {
+            if len > 0 {
+                return Err(ModelError::CacheKeepsNoPast { sequence, len });
+            }
+            state.conv.clear(sequence);
+            state.scan.clear(sequence);
+        }
+        self.lengths[sequence] = len;
+        Ok(())
     }
 
     pub(super) fn layout(&self, tokens: &[&[u32]]) -> Result<CacheLayout, ModelError> {
         if tokens.len() != self.lengths.len() {
             return Err(ModelError::CacheSequences { expected: self.lengths.len(), got: tokens.len() });
         }
-        let mut layout = CacheLayout { positions: Vec::new(), rows: Vec::new(), spans: Vec::new() };
+        let mut layout =
+            CacheLayout { positions: Vec::new(), rows: Vec::new(), spans: Vec::new(), slots: Vec::new() };
         for (sequence, (fed, &past)) in tokens.iter().zip(&self.lengths).enumerate() {
             let tokens = past + fed.len();
             if tokens > self.capacity {
@@ -75,6 +166,7 @@ impl KvCache {
             layout.positions.extend(past..tokens);
             layout.rows.extend(base + past..base + tokens);
             layout.spans.push(Span { queries: first..first + fed.len(), keys: base..base + tokens });
+            layout.slots.push(sequence);
         }
         Ok(layout)
     }
@@ -82,6 +174,13 @@ impl KvCache {
     pub(super) fn advance(&mut self, tokens: &[&[u32]]) {
         for (length, fed) in self.lengths.iter_mut().zip(tokens) {
             *length += fed.len();
+        }
+        for layer in &mut self.layers {
+            let LayerCache::Mamba(state) = layer else { continue };
+            for (slot, _) in tokens.iter().enumerate().filter(|(_, fed)| !fed.is_empty()) {
+                state.conv.commit(slot);
+                state.scan.commit(slot);
+            }
         }
     }
 }

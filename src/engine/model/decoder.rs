@@ -7,33 +7,45 @@
 use super::blocks::Pass;
 use super::blocks::attention::Attention;
 use super::blocks::linear::Linear;
+use super::blocks::mamba::Mamba;
 use super::blocks::mlp::Mlp;
 use super::blocks::norm::Norm;
-use super::blocks::rope::Frequencies;
-use super::cache::{KvCache, LayerCache};
+use super::blocks::residual::Residual;
+use super::blocks::rope::{Frequencies, RopeBuffer};
+use super::cache::{CacheLayout, Kept, KvCache, LayerCache};
 use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace, sized};
 use super::{ModelError, Pack};
 use crate::adapter::Gradients;
-use crate::backend::{RopeTable, Write};
+use crate::backend::{LogitMap, Write};
 use crate::matrix::Matrix;
 
 /// Embedding, layers, norm, head.
 pub(super) struct Decoder {
     /// (V,C)
     pub(super) embedding: Matrix,
+    pub(super) embedding_multiplier: f32,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Norm,
     /// (V,C); the embedding itself where the model ties them.
     pub(super) head: Matrix,
-    pub(super) rope: Frequencies,
+    pub(super) logits: LogitMap,
+    /// The model's rope, and that of local layers where there is one.
+    pub(super) ropes: Vec<Frequencies>,
 }
 
-/// x += attention(norm(x)); x += mlp(norm(x)).
+/// x += mixer(norm(x)); x += mlp(norm(x)).
 pub(super) struct Layer {
-    pub(super) attention_norm: Norm,
-    pub(super) attention: Attention,
-    pub(super) mlp_norm: Norm,
+    pub(super) around_mixer: Residual,
+    pub(super) mixer: Mixer,
+    pub(super) around_mlp: Residual,
     pub(super) mlp: Mlp,
+}
+
+/// What carries values from token to token.
+#[allow(clippy::large_enum_variant, reason = "one a layer, made once")]
+pub(super) enum Mixer {
+    Attention(Attention),
+    Mamba(Mamba),
 }
 
 /// Which layers' activations outlive the forward pass.
@@ -48,7 +60,21 @@ pub(super) enum Keep {
 impl Decoder {
     /// All linear layers, in the order of the forward pass.
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.layers.iter().flat_map(|layer| layer.attention.linears().into_iter().chain(layer.mlp.linears()))
+        self.layers.iter().flat_map(Layer::linears)
+    }
+
+    /// What decoding keeps of each layer.
+    pub(super) fn kept(&self) -> impl Iterator<Item = Kept> {
+        self.layers.iter().map(|layer| layer.mixer.kept())
+    }
+
+    /// Makes sure the ropes' tables cover all `positions`.
+    pub(super) fn prepare(&self, workspace: &mut Workspace, positions: &[usize]) {
+        let ropes = &mut workspace.ropes;
+        ropes.resize_with(ropes.len().max(self.ropes.len()), RopeBuffer::default);
+        for (buffer, frequencies) in ropes.iter_mut().zip(&self.ropes) {
+            buffer.prepare(frequencies, positions);
+        }
     }
 
     /// Runs `tokens` (T) through all layers; leaves the stream (T,C) in the workspace.
@@ -58,17 +84,20 @@ impl Decoder {
         tokens: &[u32],
         workspace: &mut Workspace,
         keep: Keep,
-        mut cache: Option<(&mut KvCache, &[usize])>,
+        mut cache: Option<(&mut KvCache, &CacheLayout)>,
     ) -> Result<(), ModelError> {
-        let Workspace { rope, layers, stream, scratch, .. } = workspace;
+        let Workspace { ropes, layers, stream, scratch, .. } = workspace;
         pass.backend.embed(sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
+        if self.embedding_multiplier != 1.0 {
+            pass.backend.scale(stream, self.embedding_multiplier);
+        }
         check_finite(stream, || "model.embed_tokens".to_owned())?;
         let kept = if keep == Keep::All { self.layers.len() } else { 1 };
         layers.resize_with(layers.len().max(kept), LayerActivations::default);
         for (index, layer) in self.layers.iter().enumerate() {
             let saved = &mut layers[if keep == Keep::All { index } else { 0 }];
-            let cache = cache.as_mut().map(|(cache, rows)| (&mut cache.layers[index], *rows));
-            layer.forward(pass, stream, scratch, &rope.table, saved, cache);
+            let cache = cache.as_mut().map(|(cache, layout)| (&mut cache.layers[index], *layout));
+            layer.forward(pass, stream, scratch, ropes, saved, cache);
             check_finite(stream, || layer.first_not_finite(saved))?;
         }
         Ok(())
@@ -91,7 +120,8 @@ impl Decoder {
         let targets: Vec<u32> = rows.iter().filter_map(|&row| pack.targets[row]).collect();
         let mut losses = vec![0.0; rows.len()];
         let gradient = scale.map(|scale| (sized(dnormed, normed.len()), scale));
-        pass.backend.cross_entropy(&mut losses, gradient, normed, &targets, &self.head, &mut scratch.backend);
+        let (head, map) = (&self.head, self.logits);
+        pass.backend.cross_entropy(&mut losses, gradient, normed, &targets, head, map, &mut scratch.backend);
         if losses.iter().any(|loss| !loss.is_finite()) {
             return Err(ModelError::NotFinite { name: "lm_head".to_owned() });
         }
@@ -113,11 +143,12 @@ impl Decoder {
         gradients: &mut Gradients,
         workspace: &mut Workspace,
     ) -> Result<(), ModelError> {
-        let Workspace { rope, layers, dstream, scratch, .. } = workspace;
+        let Workspace { ropes, layers, dstream, dadded, scratch, .. } = workspace;
         let lowest = self.layers.iter().position(|layer| layer.is_adapted(pass)).unwrap_or(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let below = if index == lowest { Below::Frozen } else { Below::Adapted };
-            layer.backward(pass, gradients, dstream, scratch, &rope.table, &mut layers[index], below);
+            let saved = &mut layers[index];
+            layer.backward(pass, gradients, (&mut *dstream, &mut *dadded), scratch, ropes, saved, below);
             check_finite(dstream, || format!("gradient below model.layers.{index}"))?;
         }
         Ok(())
@@ -128,6 +159,7 @@ impl Decoder {
         self.gather(pass, rows, &workspace.stream, &mut workspace.head);
         let mut logits = vec![0.0; rows.len() * self.head.rows];
         pass.backend.linear(&mut logits, &workspace.head.normed, &self.head, Write::Overwrite);
+        pass.backend.map_logits(&mut logits, self.logits);
         logits
     }
 
@@ -162,8 +194,12 @@ enum Below {
 }
 
 impl Layer {
+    fn linears(&self) -> Vec<&Linear> {
+        [self.mixer.linears(), self.mlp.linears()].concat()
+    }
+
     fn is_adapted(&self, pass: &Pass<'_>) -> bool {
-        self.attention.linears().iter().chain(&self.mlp.linears()).any(|linear| linear.is_adapted(pass))
+        self.linears().iter().any(|linear| linear.is_adapted(pass))
     }
 
     /// Advances the stream (T,C) by this layer.
@@ -172,19 +208,19 @@ impl Layer {
         pass: &Pass<'_>,
         stream: &mut [f32],
         scratch: &mut Scratch,
-        table: &RopeTable,
+        ropes: &[RopeBuffer],
         saved: &mut LayerActivations,
-        cache: Option<(&mut LayerCache, &[usize])>,
+        cache: Option<(&mut LayerCache, &CacheLayout)>,
     ) {
-        let Scratch { normed, dnormed: delta, wide, .. } = scratch;
         sized(&mut saved.input, stream.len()).copy_from_slice(stream);
-        self.attention_norm.forward(pass, normed, stream);
-        self.attention.forward(pass, delta, normed, table, &mut saved.attention, cache);
-        pass.backend.add(stream, delta);
+        self.around_mixer.before.forward(pass, &mut scratch.normed, stream);
+        self.mixer.forward(pass, scratch, ropes, saved, cache);
+        self.around_mixer.add(pass, stream, &mut scratch.dnormed, &mut saved.mixed);
         sized(&mut saved.middle, stream.len()).copy_from_slice(stream);
-        self.mlp_norm.forward(pass, normed, stream);
+        let Scratch { normed, dnormed: delta, wide, .. } = scratch;
+        self.around_mlp.before.forward(pass, normed, stream);
         self.mlp.forward(pass, delta, normed, wide, &mut saved.mlp);
-        pass.backend.add(stream, delta);
+        self.around_mlp.add(pass, stream, delta, &mut saved.fed);
     }
 
     /// Turns the gradient of the layer's output (T,C) into that of its input, unless all below is frozen.
@@ -192,41 +228,94 @@ impl Layer {
         &self,
         pass: &Pass<'_>,
         gradients: &mut Gradients,
-        dstream: &mut [f32],
+        (dstream, dadded): (&mut [f32], &mut Vec<f32>),
         scratch: &mut Scratch,
-        table: &RopeTable,
+        ropes: &[RopeBuffer],
         saved: &mut LayerActivations,
         below: Below,
     ) {
-        let attention_adapted = self.attention.linears().iter().any(|linear| linear.is_adapted(pass));
-        let needs_middle = below == Below::Adapted || attention_adapted;
-        self.mlp_norm.forward(pass, &mut scratch.normed, &saved.middle);
-        self.mlp.backward(pass, gradients, scratch, dstream, &mut saved.mlp, needs_middle);
+        let mixer_adapted = self.mixer.linears().iter().any(|linear| linear.is_adapted(pass));
+        let needs_middle = below == Below::Adapted || mixer_adapted;
+        self.around_mlp.before.forward(pass, &mut scratch.normed, &saved.middle);
+        let dy = self.around_mlp.add_backward(pass, dstream, dadded, &saved.fed);
+        self.mlp.backward(pass, gradients, scratch, dy, &mut saved.mlp, needs_middle);
         if !needs_middle {
             return;
         }
-        self.mlp_norm.backward(pass, dstream, &scratch.dnormed, &saved.middle);
-        self.attention_norm.forward(pass, &mut scratch.normed, &saved.input);
+        self.around_mlp.before.backward(pass, dstream, &scratch.dnormed, &saved.middle);
+        self.around_mixer.before.forward(pass, &mut scratch.normed, &saved.input);
         let needs_input = below == Below::Adapted;
-        self.attention.backward(pass, gradients, scratch, dstream, table, &saved.attention, needs_input);
+        let dy = self.around_mixer.add_backward(pass, dstream, dadded, &saved.mixed);
+        match &self.mixer {
+            Mixer::Attention(attention) => {
+                attention.backward(pass, gradients, scratch, dy, ropes, &saved.attention, needs_input);
+            }
+            Mixer::Mamba(mamba) => {
+                mamba.backward(pass, gradients, scratch, dy, &mut saved.mamba, needs_input);
+            }
+        }
         if needs_input {
-            self.attention_norm.backward(pass, dstream, &scratch.dnormed, &saved.input);
+            self.around_mixer.before.backward(pass, dstream, &scratch.dnormed, &saved.input);
         }
     }
 
     /// The name of what first went wrong in a layer whose output is not finite.
     fn first_not_finite(&self, saved: &LayerActivations) -> String {
-        let (attention, mlp) = (&saved.attention, &saved.mlp);
-        let parts = [
-            (&self.attention.q, &attention.q),
-            (&self.attention.k, &attention.k),
-            (&self.attention.v, &attention.v),
-            (&self.attention.o, &saved.middle),
-            (&self.mlp.gate, &mlp.gate),
-            (&self.mlp.up, &mlp.up),
-        ];
+        let (mut parts, last) = match &self.mixer {
+            Mixer::Attention(attention) => (attention.outputs(&saved.attention), &attention.o),
+            Mixer::Mamba(mamba) => (mamba.outputs(&saved.mamba), &mamba.out_proj),
+        };
+        parts.push((last, &saved.middle));
+        parts.extend(self.mlp.outputs(&saved.mlp));
         let bad = parts.into_iter().find(|(_, values)| !is_finite(values));
         bad.map_or(&self.mlp.down, |(linear, _)| linear).name.clone()
+    }
+}
+
+impl Mixer {
+    fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Attention(attention) => attention.linears(),
+            Self::Mamba(mamba) => mamba.linears(),
+        }
+    }
+
+    fn kept(&self) -> Kept {
+        match self {
+            Self::Attention(attention) => Kept::Rows { width: attention.kv_heads * attention.head_dim },
+            Self::Mamba(mamba) => {
+                let (conv, scan) = mamba.state_sizes();
+                Kept::States { conv, scan }
+            }
+        }
+    }
+
+    /// y (T,C) from `scratch.normed` (T,C), written to `scratch.dnormed`.
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+        ropes: &[RopeBuffer],
+        saved: &mut LayerActivations,
+        cache: Option<(&mut LayerCache, &CacheLayout)>,
+    ) {
+        match (self, cache) {
+            (Self::Attention(attention), cache) => {
+                let cache = cache.map(|(cache, layout)| match cache {
+                    LayerCache::Attention(keys) => (keys, layout),
+                    LayerCache::Mamba(_) => unreachable!("BUG: the cache of another model"),
+                });
+                let Scratch { normed, dnormed: y, .. } = scratch;
+                attention.forward(pass, y, normed, ropes, &mut saved.attention, cache);
+            }
+            (Self::Mamba(mamba), cache) => {
+                let cache = cache.map(|(cache, layout)| match cache {
+                    LayerCache::Mamba(state) => (state, layout),
+                    LayerCache::Attention(_) => unreachable!("BUG: the cache of another model"),
+                });
+                mamba.forward(pass, scratch, &mut saved.mamba, cache);
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
-use super::{Model, ModelConfig, ModelError, Pack, Rope, RopeScaling, Tensors, Workspace};
+use super::{Mixing, Model, ModelConfig, ModelError, Pack, TensorSource, Workspace, tensors};
 use crate::adapter::{Adapter, Gradients, LoraConfig, Targets};
 use crate::backend::{BackendKind, Compute};
 use crate::format::Checkpoint;
@@ -16,22 +16,27 @@ use crate::matrix::{Bytes, Matrix, Values};
 use crate::quant::Nf4;
 use crate::quant::nested::{DoubleQuantized, dynamic_map};
 
+mod configs;
 mod golden;
 mod properties;
 mod speed;
+mod variants;
+
+use configs::{odd_config, odd_configs};
 
 const REFERENCE: Compute = Compute { kind: BackendKind::Reference, threads: 1 };
 const CPU: Compute = Compute { kind: BackendKind::Cpu, threads: 2 };
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama")
+/// The golden models, one a family.
+const GOLDEN: [&str; 9] =
+    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "granitemoehybrid"];
+
+fn folder(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(family)
 }
 
-/// NF4 with double quantisation, as bitsandbytes makes it.
-fn quantized(matrix: &Matrix) -> Matrix {
-    let plain = Nf4::encode(&matrix.to_f32());
-    let absmax = DoubleQuantized::encode(&plain.absmax).decode(&dynamic_map(true));
-    Matrix { values: Values::Nf4(Nf4 { absmax: absmax.into(), ..plain }), ..*matrix }
+fn model(family: &str, device: &Compute) -> Model {
+    Model::open(&folder(family), device).unwrap()
 }
 
 /// Values in ±1 that repeat for the same seed.
@@ -53,67 +58,50 @@ enum Stored {
     Nf4,
 }
 
-/// A model of the given shape with random weights, the head and norms aside in `stored`.
-fn random_model(config: &ModelConfig, stored: Stored, device: &Compute) -> Model {
-    let seed_of =
-        |name: &str| name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
-    let width = config.num_attention_heads * config.head_dim;
-    let kv_width = config.num_key_value_heads * config.head_dim;
-    let (c, i) = (config.hidden_size, config.intermediate_size);
-    let shape = |name: &str| match name.rsplit('.').nth(1).unwrap() {
-        "q_proj" => (width, c),
-        "k_proj" | "v_proj" => (kv_width, c),
-        "o_proj" => (c, width),
-        "gate_proj" | "up_proj" => (i, c),
-        "down_proj" => (c, i),
-        _ => (config.vocab_size, c),
-    };
-    let matrix = |name: &str| {
-        let (rows, cols) = shape(name);
-        let bound = 1.5 / (cols as f32).sqrt();
-        let values: Vec<f32> = noise(seed_of(name), rows * cols).iter().map(|value| value * bound).collect();
-        if name.ends_with("_proj.weight") && stored == Stored::Nf4 {
-            return Ok(Matrix { rows, cols, values: Values::Nf4(Nf4::encode(&values)) });
-        }
-        let bytes = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
-        match stored {
-            Stored::F32 => Ok(Matrix::from_f32(rows, cols, &values)),
-            Stored::Nf4 => Ok(Matrix { rows, cols, values: Values::Bf16(Bytes::owned(bytes)) }),
-        }
-    };
-    let vector = |name: &str| {
-        let len = match name.rsplit('.').nth(1).unwrap() {
-            "q_proj" => width,
-            "k_proj" | "v_proj" => kv_width,
-            "gate_proj" | "up_proj" => i,
-            _ => c,
-        };
-        Ok(noise(seed_of(name), len).iter().map(|value| 1.0 + 0.2 * value).collect())
-    };
-    Model::assemble(config.clone(), &Tensors { matrix: &matrix, vector: &vector }, device).unwrap()
+/// Random tensors of any shape.
+struct RandomTensors {
+    stored: Stored,
+    norm_mean: f32,
 }
 
-/// An odd little model: nothing is a multiple of 64, biases everywhere.
-fn odd_config() -> ModelConfig {
-    ModelConfig {
-        model_type: "llama".into(),
-        hidden_size: 20,
-        intermediate_size: 28,
-        num_hidden_layers: 3,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 6,
-        vocab_size: 37,
-        max_position_embeddings: 64,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Linear { factor: 2.0 } },
-        tie_word_embeddings: true,
-        attention_bias: true,
-        mlp_bias: true,
-        bos_token_id: None,
-        eos_token_ids: vec![2],
-        pad_token_id: None,
+fn seed_of(name: &str) -> u64 {
+    name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(byte.into()))
+}
+
+fn random_weight(name: &str, rows: usize, cols: usize) -> Vec<f32> {
+    let bound = 1.5 / (cols as f32).sqrt();
+    noise(seed_of(name), rows * cols).iter().map(|value| value * bound).collect()
+}
+
+impl TensorSource for RandomTensors {
+    fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        let values = random_weight(name, rows, cols);
+        Ok(match self.stored {
+            Stored::F32 => Matrix::from_f32(rows, cols, &values),
+            Stored::Nf4 => Matrix { rows, cols, values: Values::Nf4(Nf4::encode(&values)) },
+        })
     }
+
+    fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        let values = random_weight(name, rows, cols);
+        let bytes = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
+        Ok(match self.stored {
+            Stored::F32 => Matrix::from_f32(rows, cols, &values),
+            Stored::Nf4 => Matrix { rows, cols, values: Values::Bf16(Bytes::owned(bytes)) },
+        })
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let mean = if name.contains("norm") { self.norm_mean } else { 0.0 };
+        let values = noise(seed_of(name), shape.iter().product());
+        Ok(values.iter().map(|value| mean + 0.2 * value).collect())
+    }
+}
+
+/// A model of the given shape with random weights, the head and norms aside in `stored`.
+fn random_model(config: &ModelConfig, stored: Stored, device: &Compute) -> Model {
+    let norm_mean = if config.norms.offset { 0.0 } else { 1.0 };
+    Model::assemble(config.clone(), &RandomTensors { stored, norm_mean }, device).unwrap()
 }
 
 /// An adapter over all linears whose B is not zero.

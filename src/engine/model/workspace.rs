@@ -2,19 +2,23 @@
 //! each layer saves for its backward, and scratch that layers share.
 
 use super::blocks::attention::AttentionActivations;
+use super::blocks::mamba::{MambaActivations, MambaScratch};
 use super::blocks::mlp::MlpActivations;
 use super::blocks::rope::RopeBuffer;
 
 /// Reusable buffers; start with `Workspace::default()`. Any model may use any workspace.
 #[derive(Debug, Default)]
 pub struct Workspace {
-    pub(super) rope: RopeBuffer,
+    /// One a rope of the model.
+    pub(super) ropes: Vec<RopeBuffer>,
     /// One a layer while training; one for all layers otherwise.
     pub(super) layers: Vec<LayerActivations>,
     /// The residual stream (T,C).
     pub(super) stream: Vec<f32>,
     /// The gradient of the residual stream (T,C).
     pub(super) dstream: Vec<f32>,
+    /// The gradient of what a block adds to the stream, where that differs (T,C).
+    pub(super) dadded: Vec<f32>,
     pub(super) scratch: Scratch,
     pub(super) head: HeadBuffers,
 }
@@ -26,7 +30,13 @@ pub(super) struct LayerActivations {
     pub(super) input: Vec<f32>,
     /// The stream between attention and MLP (T,C).
     pub(super) middle: Vec<f32>,
+    /// Of layers that attend.
     pub(super) attention: AttentionActivations,
+    /// Of layers that do not.
+    pub(super) mamba: MambaActivations,
+    /// What the mixer and the MLP gave, where a norm follows (T,C).
+    pub(super) mixed: Vec<f32>,
+    pub(super) fed: Vec<f32>,
     pub(super) mlp: MlpActivations,
 }
 
@@ -46,6 +56,9 @@ pub(super) struct Scratch {
     pub(super) dq: Vec<f32>,
     pub(super) dk: Vec<f32>,
     pub(super) dv: Vec<f32>,
+    /// Gradient of q or k before its norm.
+    pub(super) dplain: Vec<f32>,
+    pub(super) mamba: MambaScratch,
     /// Gradient of a LoRA pair's inner values (T,R).
     pub(super) dh: Vec<f32>,
     /// The backend's own.

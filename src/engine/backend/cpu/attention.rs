@@ -3,7 +3,11 @@
 //! backward writes keys' and values' gradients per query head and then adds the heads of a group in order.
 
 use super::product::{Operand, Output, Shared, product};
-use super::{AttentionGradient, AttentionSaved, AttentionShape, Cpu, TASK_ROWS, Write, rows, scratch};
+use std::ops::Range;
+
+use super::{
+    AttentionGradient, AttentionSaved, AttentionShape, Cpu, LogitMap, TASK_ROWS, Write, rows, scratch,
+};
 use crate::backend::Span;
 
 /// Queries whose scores are in scratch at once.
@@ -39,39 +43,55 @@ impl HeadAt {
     }
 }
 
-/// A block of queries of one span: its first row, its number of rows and the keys its last row sees.
+/// A block of queries of one span, and the keys that any of them sees.
 #[derive(Clone, Copy)]
 struct Block {
     first: usize,
     rows: usize,
-    /// Keys the first row of the block sees.
+    /// Keys of the span up to and with the first row's own.
     visible: usize,
+    /// The first key seen: its place in the span, and its row.
+    key_start: usize,
     key_first: usize,
 }
 
 impl Block {
-    fn of(span: &Span, index: usize) -> Self {
+    fn of(span: &Span, index: usize, shape: &AttentionShape<'_>) -> Self {
         let past = span.keys.len() - span.queries.len();
         let start = index * BLOCK;
         let rows = BLOCK.min(span.queries.len() - start);
+        let visible = past + start + 1;
+        let key_start = shape.seen(visible).start;
         Self {
             first: span.queries.start + start,
             rows,
-            visible: past + start + 1,
-            key_first: span.keys.start,
+            visible,
+            key_start,
+            key_first: span.keys.start + key_start,
         }
     }
 
     fn keys(&self) -> usize {
-        self.visible + self.rows - 1
+        self.visible + self.rows - 1 - self.key_start
     }
+
+    /// The keys that row `i` sees, counted from the block's first.
+    fn seen(&self, i: usize, shape: &AttentionShape<'_>) -> Range<usize> {
+        let seen = shape.seen(self.visible + i);
+        seen.start - self.key_start..seen.end - self.key_start
+    }
+}
+
+/// The map of scores, where it is more than a factor.
+fn capped(shape: &AttentionShape<'_>) -> Option<LogitMap> {
+    shape.softcap.map(|cap| LogitMap { scale: shape.scale, softcap: Some(cap) })
 }
 
 fn blocks(span: &Span) -> usize {
     span.queries.len().div_ceil(BLOCK)
 }
 
-/// out = softmax(q kᵀ / sqrt(D), causal) v; saves log-sum-exp.
+/// out = softmax(q kᵀ * scale, causal) v; saves log-sum-exp.
 pub(super) fn forward(
     cpu: &Cpu,
     out: &mut [f32],
@@ -84,7 +104,7 @@ pub(super) fn forward(
     let tasks: Vec<(usize, Block)> = shape
         .spans
         .iter()
-        .flat_map(|span| (0..blocks(span)).rev().map(move |index| Block::of(span, index)))
+        .flat_map(|span| (0..blocks(span)).rev().map(move |index| Block::of(span, index, shape)))
         .flat_map(|block| (0..shape.heads).map(move |head| (head, block)))
         .collect();
     let (out, logsumexp) = (Shared::new(out), Shared::new(logsumexp));
@@ -93,8 +113,10 @@ pub(super) fn forward(
         let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
         scratch::with(block.rows * block.keys(), |scores| {
             scores_of(scores, &block, q, k, query, key, shape.head_dim);
+            let scale = cap_scores(scores, shape);
             for (i, row) in scores.chunks_exact_mut(block.keys()).enumerate() {
-                let sum = rows::softmax(row, block.visible + i, shape.scale());
+                let seen = block.seen(i, shape);
+                let sum = rows::softmax(row, seen.start, seen.end, scale);
                 let at = (block.first + i) * shape.heads + head;
                 // SAFETY: one task per row and head.
                 let saved = unsafe { logsumexp.slice(at..at + 1) };
@@ -124,6 +146,17 @@ fn scores_of(
     product(&mut out, head_dim, 1.0, Write::Overwrite, q, k);
 }
 
+/// Caps scores that are to be capped; gives the factor that is still to be applied.
+fn cap_scores(scores: &mut [f32], shape: &AttentionShape<'_>) -> f32 {
+    match capped(shape) {
+        None => shape.scale,
+        Some(map) => {
+            rows::map_logits(scores, map);
+            1.0
+        }
+    }
+}
+
 /// dq, dk, dv; see [`crate::backend::Backend::attention_backward`].
 pub(super) fn backward(
     cpu: &Cpu,
@@ -151,11 +184,12 @@ pub(super) fn backward(
         dk.fill(0.0);
         dv.fill(0.0);
         for index in 0..blocks(span) {
-            let block = Block::of(span, index);
+            let block = Block::of(span, index, shape);
             let at = HeadAt::query(shape, head).row(block.first);
             // SAFETY: as above.
             let mut dq = unsafe { dq.block(at, block.rows, dim, shape.heads * dim) };
-            block_backward(&mut dq, dk, dv, dout, saved, shape, head, &block);
+            let keys = block.key_start * dim..;
+            block_backward(&mut dq, &mut dk[keys.clone()], &mut dv[keys], dout, saved, shape, head, &block);
         }
     });
     let group = shape.heads / shape.kv_heads;
@@ -173,7 +207,7 @@ pub(super) fn backward(
     }
 }
 
-/// dq (rows,D) of a block; adds to dk and dv (keys,D) of its head.
+/// dq (rows,D) of a block; adds to dk and dv of its head, which begin at the block's first key.
 fn block_backward(
     dq: &mut Output<'_>,
     dk: &mut [f32],
@@ -190,14 +224,26 @@ fn block_backward(
         let (probability, dscore) = both.split_at_mut(block.rows * keys);
         scores_of(probability, block, saved.q, saved.k, query, key, dim);
         scores_of(dscore, block, dout, saved.v, query, key, dim);
+        let scale = cap_scores(probability, shape);
         for i in 0..block.rows {
             let row = block.first + i;
             let at = query.row(row);
             let delta = rows::dot(&dout[at..at + dim], &saved.out[at..at + dim]);
             let logsumexp = saved.logsumexp[row * shape.heads + head];
             let probability = &mut probability[i * keys..(i + 1) * keys];
-            rows::probabilities(probability, block.visible + i, shape.scale(), logsumexp);
-            rows::score_gradient(&mut dscore[i * keys..(i + 1) * keys], probability, delta, shape.scale());
+            let dscore = &mut dscore[i * keys..(i + 1) * keys];
+            let seen = block.seen(i, shape);
+            match capped(shape) {
+                None => {
+                    rows::probabilities(probability, seen.start, seen.end, scale, logsumexp);
+                    rows::score_gradient(dscore, probability, delta, scale);
+                }
+                Some(map) => {
+                    rows::map_logits_backward(dscore, probability, delta, 1.0, map);
+                    rows::probabilities(probability, seen.start, seen.end, scale, logsumexp);
+                    rows::multiply(dscore, probability);
+                }
+            }
         }
         let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
         product(dq, keys, 1.0, Write::Overwrite, dscore_rows, key.rows(saved.k, block.key_first));

@@ -2,7 +2,7 @@
 //! gradient in place and multiplied back. Never holds rows x vocabulary for all rows.
 
 use super::product::Shared;
-use super::{Cpu, Write, linear, rows};
+use super::{Backend, Cpu, LogitMap, Write, linear, rows, scratch};
 use crate::matrix::Matrix;
 
 /// Most logits that stand in memory at once (48 MiB).
@@ -22,6 +22,7 @@ pub(super) fn cross_entropy(
     hidden: &[f32],
     targets: &[u32],
     head: &Matrix,
+    map: LogitMap,
     scratch: &mut Vec<f32>,
 ) {
     let (vocabulary, c) = (head.rows, head.cols);
@@ -38,16 +39,24 @@ pub(super) fn cross_entropy(
         let values = first * c..(first + targets.len()) * c;
         let logits = &mut scratch[..targets.len() * vocabulary];
         linear::forward(cpu, logits, &hidden[values.clone()], head, Write::Overwrite);
+        cpu.map_logits(logits, map);
         let scale = gradient.as_ref().map(|(_, scale)| *scale);
-        loss_rows(cpu, logits, nll, targets, scale);
+        loss_rows(cpu, logits, nll, targets, map, scale);
         if let Some((dhidden, _)) = &mut gradient {
             linear::backward(cpu, &mut dhidden[values], logits, head, Write::Overwrite);
         }
     }
 }
 
-/// nll per row of `logits` (rows, V); with `scale`, the logits become scale * (softmax - target).
-fn loss_rows(cpu: &Cpu, logits: &mut [f32], nll: &mut [f64], targets: &[u32], scale: Option<f32>) {
+/// nll per row of mapped `logits` (rows, V); with `scale`, they become scale * (softmax - target) * map's slope.
+fn loss_rows(
+    cpu: &Cpu,
+    logits: &mut [f32],
+    nll: &mut [f64],
+    targets: &[u32],
+    map: LogitMap,
+    scale: Option<f32>,
+) {
     use rayon::prelude::*;
     let vocabulary = logits.len() / targets.len();
     let logits = Shared::new(logits);
@@ -57,11 +66,20 @@ fn loss_rows(cpu: &Cpu, logits: &mut [f32], nll: &mut [f64], targets: &[u32], sc
             let logits = unsafe { logits.slice(row * vocabulary..(row + 1) * vocabulary) };
             let sum = rows::logsumexp(logits);
             *nll = sum - f64::from(logits[target as usize]);
-            if let Some(scale) = scale {
-                rows::probabilities(logits, vocabulary, 1.0, sum as f32);
+            let Some(scale) = scale else { return };
+            let gradient = |logits: &mut [f32]| {
+                rows::probabilities(logits, 0, vocabulary, 1.0, sum as f32);
                 logits[target as usize] -= 1.0;
-                rows::scale(logits, scale);
+            };
+            if map.softcap.is_none() {
+                gradient(logits);
+                return rows::scale(logits, scale * map.scale);
             }
+            scratch::with(vocabulary, |mapped| {
+                mapped.copy_from_slice(logits);
+                gradient(logits);
+                rows::map_logits_backward(logits, mapped, 0.0, scale, map);
+            });
         });
     });
 }

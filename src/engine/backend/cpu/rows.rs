@@ -2,6 +2,8 @@
 //! baseline, AVX2 and AVX-512 and chosen at run time. No fused multiply-add and a fixed order of lanes: all
 //! versions give the same bits. Knows nothing of threads.
 
+use crate::backend::LogitMap;
+
 /// Lanes of every sum: sixteen partial sums, added pairwise at the end.
 const LANES: usize = 16;
 
@@ -52,6 +54,21 @@ fn exp(x: f32) -> f32 {
     let value = p * r * r + r + 1.0;
     let exponent = (shifted.to_bits() as i32).wrapping_sub(0x4B40_0000).wrapping_add(127);
     value * f32::from_bits((exponent as u32) << 23)
+}
+
+/// tanh to about 2 units in the last place, without branches: Cephes' polynomial near zero, where
+/// 1 - 2 / (e^2x + 1) would cancel.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    let p = -5.704_988_7e-3;
+    let p = p * square + 2.063_909e-2;
+    let p = p * square - 5.373_971_6e-2;
+    let p = p * square + 1.333_144_2e-1;
+    let p = p * square - 3.333_328e-1;
+    let near = p * square * x + x;
+    let far = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    if x.abs() < 0.625 { near } else { far }
 }
 
 #[inline(always)]
@@ -140,13 +157,16 @@ vectorised! {
 }
 
 vectorised! {
-    /// y (rows,C) = x / sqrt(mean(x²) + epsilon) * weight.
-    fn rms_norm(y: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
+    /// y (rows,C) = x / sqrt(mean(x²) + epsilon) * weight (C), the mean that of a group of channels.
+    fn rms_norm(y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32) {
         let c = weight.len();
         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            let inverse = 1.0 / (dot_body(x, x) / c as f32 + epsilon).sqrt();
-            for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * inverse * weight;
+            for start in (0..c).step_by(group) {
+                let x = &x[start..start + group];
+                let inverse = 1.0 / (dot_body(x, x) / group as f32 + epsilon).sqrt();
+                for ((y, x), weight) in y[start..start + group].iter_mut().zip(x).zip(&weight[start..]) {
+                    *y = x * inverse * weight;
+                }
             }
         }
     }
@@ -154,13 +174,25 @@ vectorised! {
 
 vectorised! {
     /// dx (rows,C) += the gradient through `rms_norm`.
-    fn rms_norm_backward(dx: &mut [f32], dy: &[f32], x: &[f32], weight: &[f32], epsilon: f32) {
+    fn rms_norm_backward(
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        weight: &[f32],
+        group: usize,
+        epsilon: f32
+    ) {
         let c = weight.len();
         for ((dx, dy), x) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)) {
-            let inverse = 1.0 / (dot_body(x, x) / c as f32 + epsilon).sqrt();
-            let pull = sum_of(c, |i| dy[i] * weight[i] * x[i]) * inverse * inverse * inverse / c as f32;
-            for i in 0..c {
-                dx[i] += inverse * (weight[i] * dy[i]) - pull * x[i];
+            for start in (0..c).step_by(group) {
+                let (dy, x) = (&dy[start..start + group], &x[start..start + group]);
+                let (dx, weight) = (&mut dx[start..start + group], &weight[start..start + group]);
+                let inverse = 1.0 / (dot_body(x, x) / group as f32 + epsilon).sqrt();
+                let product = sum_of(group, |i| dy[i] * weight[i] * x[i]);
+                let pull = product * inverse * inverse * inverse / group as f32;
+                for i in 0..group {
+                    dx[i] += inverse * (weight[i] * dy[i]) - pull * x[i];
+                }
             }
         }
     }
@@ -214,11 +246,63 @@ vectorised! {
     }
 }
 
+/// sqrt(2 / pi)
+const GELU_ROOT: f32 = 0.797_884_6;
+const GELU_CUBE: f32 = 0.044_715;
+
 vectorised! {
-    /// The first `visible` scores become probabilities of scale * scores, the rest 0; gives log-sum-exp.
-    fn softmax(scores: &mut [f32], visible: usize, scale: f32) -> f32 {
-        let (seen, hidden) = scores.split_at_mut(visible);
-        hidden.fill(0.0);
+    /// y = gelu(gate) * up, by tanh.
+    fn geglu(y: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((y, &gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = 0.5 * gate * (1.0 + tanh(GELU_ROOT * (gate + GELU_CUBE * gate * gate * gate))) * up;
+        }
+    }
+}
+
+vectorised! {
+    /// gate and up become their gradients.
+    fn geglu_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (g, u) = (*gate, *up);
+            let tanh = tanh(GELU_ROOT * (g + GELU_CUBE * g * g * g));
+            let inner = GELU_ROOT * (1.0 + 3.0 * GELU_CUBE * g * g);
+            *gate = dy * u * 0.5 * (1.0 + tanh + g * (1.0 - tanh * tanh) * inner);
+            *up = dy * 0.5 * g * (1.0 + tanh);
+        }
+    }
+}
+
+vectorised! {
+    /// Logits, or scores, become softcap * tanh(scale * x / softcap), or scale * x.
+    fn map_logits(logits: &mut [f32], map: LogitMap) {
+        match map.softcap {
+            None => logits.iter_mut().for_each(|logit| *logit *= map.scale),
+            Some(cap) => {
+                let inner = map.scale / cap;
+                logits.iter_mut().for_each(|logit| *logit = cap * tanh(*logit * inner));
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// d becomes factor * (d - delta) * the slope of `map_logits` where it gave `mapped`.
+    fn map_logits_backward(d: &mut [f32], mapped: &[f32], delta: f32, factor: f32, map: LogitMap) {
+        let factor = factor * map.scale;
+        let inverse = map.softcap.map_or(0.0, |cap| 1.0 / cap);
+        for (d, mapped) in d.iter_mut().zip(mapped) {
+            let tanh = mapped * inverse;
+            *d = factor * (*d - delta) * (1.0 - tanh * tanh);
+        }
+    }
+}
+
+vectorised! {
+    /// The scores from `first` to `end` become probabilities of scale * scores, the rest 0; gives log-sum-exp.
+    fn softmax(scores: &mut [f32], first: usize, end: usize, scale: f32) -> f32 {
+        scores[..first].fill(0.0);
+        scores[end..].fill(0.0);
+        let seen = &mut scores[first..end];
         let largest = largest(seen) * scale;
         for score in seen.iter_mut() {
             *score = exp(*score * scale - largest);
@@ -233,11 +317,11 @@ vectorised! {
 }
 
 vectorised! {
-    /// The first `visible` scores become exp(scale * score - logsumexp), the rest 0.
-    fn probabilities(scores: &mut [f32], visible: usize, scale: f32, logsumexp: f32) {
-        let (seen, hidden) = scores.split_at_mut(visible);
-        hidden.fill(0.0);
-        for score in seen {
+    /// The scores from `first` to `end` become exp(scale * score - logsumexp), the rest 0.
+    fn probabilities(scores: &mut [f32], first: usize, end: usize, scale: f32, logsumexp: f32) {
+        scores[..first].fill(0.0);
+        scores[end..].fill(0.0);
+        for score in &mut scores[first..end] {
             *score = exp(*score * scale - logsumexp);
         }
     }
@@ -249,6 +333,92 @@ vectorised! {
         for (d, probability) in d.iter_mut().zip(probabilities) {
             *d = probability * (*d - delta) * scale;
         }
+    }
+}
+
+vectorised! {
+    /// y *= x.
+    fn multiply(y: &mut [f32], x: &[f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y *= x;
+        }
+    }
+}
+
+vectorised! {
+    /// A tap of a convolution: y += x * weight, channel by channel.
+    fn multiply_add(y: &mut [f32], x: &[f32], weight: &[f32]) {
+        for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+            *y += x * weight;
+        }
+    }
+}
+
+vectorised! {
+    /// y = silu(x).
+    fn silu(y: &mut [f32]) {
+        for y in y {
+            *y /= 1.0 + exp(-*y);
+        }
+    }
+}
+
+vectorised! {
+    /// u becomes dy * the slope of silu at u.
+    fn silu_backward(u: &mut [f32], dy: &[f32]) {
+        for (u, dy) in u.iter_mut().zip(dy) {
+            let sigmoid = 1.0 / (1.0 + exp(-*u));
+            *u = dy * sigmoid * (1.0 + *u * (1.0 - sigmoid));
+        }
+    }
+}
+
+vectorised! {
+    /// A row of Mamba2's scan: state (P,N) = decay * state + dt * x (P) ⊗ b (N).
+    fn scan_advance(state: &mut [f32], x: &[f32], b: &[f32], dt: f32, decay: f32) {
+        for (row, x) in state.chunks_exact_mut(b.len()).zip(x) {
+            let x = dt * x;
+            for (s, b) in row.iter_mut().zip(b) {
+                *s = *s * decay + x * b;
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// y (P) = state (P,N) · c (N) + skip * x (P).
+    fn scan_read(y: &mut [f32], state: &[f32], x: &[f32], c: &[f32], skip: f32) {
+        for ((y, x), row) in y.iter_mut().zip(x).zip(state.chunks_exact(c.len())) {
+            *y = dot_body(row, c) + skip * x;
+        }
+    }
+}
+
+vectorised! {
+    /// One row i of the state's backward, given dy: dstate += dy * c; adds to dc and db; then dstate decays.
+    /// Gives dstate · b and dstate · before, of the dstate that has not yet decayed.
+    fn scan_row_backward(
+        dstate: &mut [f32],
+        dc: &mut [f32],
+        db: &mut [f32],
+        after: &[f32],
+        before: &[f32],
+        b: &[f32],
+        c: &[f32],
+        dy: f32,
+        dt_x: f32,
+        decay: f32
+    ) -> (f32, f32) {
+        for ((d, dc), ((db, after), c)) in
+            dstate.iter_mut().zip(dc.iter_mut()).zip(db.iter_mut().zip(after).zip(c))
+        {
+            *d += dy * c;
+            *dc += dy * after;
+            *db += dt_x * *d;
+        }
+        let sums = (dot_body(dstate, b), dot_body(dstate, before));
+        dstate.iter_mut().for_each(|d| *d *= decay);
+        sums
     }
 }
 
@@ -276,6 +446,18 @@ mod tests {
         }
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(-1e30) < 1e-37);
+    }
+
+    #[test]
+    fn tanh_is_within_three_units_in_the_last_place() {
+        for i in -20_000..20_000 {
+            let x = i as f32 * 1e-3;
+            let exact = f64::from(x).tanh();
+            let error = (f64::from(tanh(x)) - exact).abs();
+            assert!(error <= 3.0 * f64::from(f32::EPSILON) * exact.abs(), "tanh({x}) is off by {error}");
+        }
+        assert!(tanh(f32::NAN).is_nan());
+        assert_eq!((tanh(1e30), tanh(-1e30)), (1.0, -1.0));
     }
 
     #[test]

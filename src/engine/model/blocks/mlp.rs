@@ -1,16 +1,25 @@
-//! The gated feed-forward block: down(silu(gate(x)) * up(x)).
+//! The gated feed-forward block: down(activation(gate(x)) * up(x)), gate and up apart or one above the other
+//! in one matrix.
 
 use super::Pass;
 use super::linear::Linear;
 use crate::adapter::Gradients;
-use crate::backend::Write;
+use crate::backend::{Activation, Write};
 use crate::model::workspace::{Scratch, sized};
 
-/// down(silu(gate(x)) * up(x)).
+/// down(activation(gate(x)) * up(x)).
 pub(in crate::model) struct Mlp {
-    pub(in crate::model) gate: Linear,
-    pub(in crate::model) up: Linear,
+    pub(in crate::model) gated: Gated,
     pub(in crate::model) down: Linear,
+    pub(in crate::model) activation: Activation,
+}
+
+/// The linear layers before the gate.
+pub(in crate::model) enum Gated {
+    /// Two of (I,C).
+    Apart { gate: Linear, up: Linear },
+    /// One of (2I,C), the gate's rows first.
+    Stacked(Linear),
 }
 
 /// What the backward needs; it overwrites gate and up with their gradients.
@@ -20,7 +29,7 @@ pub(in crate::model) struct MlpActivations {
     pub(in crate::model) gate: Vec<f32>,
     /// (T,I)
     pub(in crate::model) up: Vec<f32>,
-    /// x · Aᵀ of gate, up, down.
+    /// x · Aᵀ of gate, or of both stacked, of up, and of down.
     h: [Vec<f32>; 3],
 }
 
@@ -35,9 +44,19 @@ impl Mlp {
         saved: &mut MlpActivations,
     ) {
         let [hgate, hup, hdown] = &mut saved.h;
-        self.gate.forward(pass, &mut saved.gate, hgate, x);
-        self.up.forward(pass, &mut saved.up, hup, x);
-        pass.backend.swiglu(sized(wide, saved.gate.len()), &saved.gate, &saved.up);
+        match &self.gated {
+            Gated::Apart { gate, up } => {
+                gate.forward(pass, &mut saved.gate, hgate, x);
+                up.forward(pass, &mut saved.up, hup, x);
+            }
+            Gated::Stacked(both) => {
+                both.forward(pass, wide, hgate, x);
+                let half = wide.len() / 2;
+                let mut parts = [sized(&mut saved.gate, half), sized(&mut saved.up, half)];
+                pass.backend.split(&mut parts, wide, pass.positions.len());
+            }
+        }
+        pass.backend.glu(sized(wide, saved.gate.len()), &saved.gate, &saved.up, self.activation);
         self.down.forward(pass, y, hdown, wide);
     }
 
@@ -54,21 +73,41 @@ impl Mlp {
     ) {
         let MlpActivations { gate, up, h: [hgate, hup, hdown] } = saved;
         let Scratch { normed, dnormed, wide, dwide, dh, .. } = scratch;
-        pass.backend.swiglu(sized(wide, gate.len()), gate, up);
+        pass.backend.glu(sized(wide, gate.len()), gate, up, self.activation);
         let dwide = sized(dwide, gate.len());
         self.down.backward(pass, gradients, Some((&mut *dwide, Write::Overwrite)), dh, (dy, wide, hdown));
-        pass.backend.swiglu_backward(gate, up, dwide);
+        pass.backend.glu_backward(gate, up, dwide, self.activation);
         let dx = sized(dnormed, normed.len());
-        for (linear, dy, h, write) in
-            [(&self.gate, gate, hgate, Write::Overwrite), (&self.up, up, hup, Write::Add)]
-        {
+        let mut backward = |linear: &Linear, dy: &[f32], h: &[f32], write| {
             let dx = needs_dx.then_some((&mut *dx, write));
             linear.backward(pass, gradients, dx, dh, (dy, normed, h));
+        };
+        match &self.gated {
+            Gated::Apart { gate: gate_linear, up: up_linear } => {
+                backward(gate_linear, gate, hgate, Write::Overwrite);
+                backward(up_linear, up, hup, Write::Add);
+            }
+            Gated::Stacked(both) => {
+                let joined = sized(wide, 2 * gate.len());
+                pass.backend.join(joined, &[gate, up], pass.positions.len());
+                backward(both, joined, hgate, Write::Overwrite);
+            }
         }
     }
 
     /// The linear layers in the order of the forward pass.
-    pub(in crate::model) fn linears(&self) -> [&Linear; 3] {
-        [&self.gate, &self.up, &self.down]
+    pub(in crate::model) fn linears(&self) -> Vec<&Linear> {
+        match &self.gated {
+            Gated::Apart { gate, up } => vec![gate, up, &self.down],
+            Gated::Stacked(both) => vec![both, &self.down],
+        }
+    }
+
+    /// Each linear layer but the last with what it gave.
+    pub(in crate::model) fn outputs<'a>(&'a self, saved: &'a MlpActivations) -> Vec<(&'a Linear, &'a [f32])> {
+        match &self.gated {
+            Gated::Apart { gate, up } => vec![(gate, &saved.gate), (up, &saved.up)],
+            Gated::Stacked(both) => vec![(both, &saved.gate), (both, &saved.up)],
+        }
     }
 }

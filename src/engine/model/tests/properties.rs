@@ -19,6 +19,13 @@ fn packed(sequences: &[(Vec<u32>, Vec<bool>)]) -> Pack {
     Pack::new(&sequences.iter().map(|(tokens, marks)| (&tokens[..], &marks[..])).collect::<Vec<_>>())
 }
 
+/// Every odd model, plain under both backends and quantised.
+fn models() -> Vec<(ModelConfig, Stored, Compute)> {
+    let ways = [(Stored::F32, REFERENCE), (Stored::F32, CPU), (Stored::Nf4, CPU)];
+    let with_ways = |config: ModelConfig| ways.map(|(stored, device)| (config.clone(), stored, device));
+    odd_configs().into_iter().flat_map(with_ways).collect()
+}
+
 fn run(model: &Model, adapter: &Adapter, packs: &[Pack]) -> (f64, Gradients) {
     let (mut gradients, mut workspace) = (Gradients::new(adapter), Workspace::default());
     let mut nll = 0.0;
@@ -35,8 +42,8 @@ fn flat(gradients: &Gradients) -> Vec<f32> {
 #[test]
 fn gradient_is_the_slope_of_the_loss() {
     let pack = packed(&sequences());
-    for (stored, device) in [(Stored::F32, REFERENCE), (Stored::F32, CPU), (Stored::Nf4, CPU)] {
-        let model = random_model(&odd_config(), stored, &device);
+    for (family, stored, device) in models() {
+        let model = random_model(&family, stored, &device);
         let adapter = busy_adapter(&model, 3);
         let (_, gradients) = run(&model, &adapter, std::slice::from_ref(&pack));
         for seed in 0..4 {
@@ -62,7 +69,8 @@ fn gradient_is_the_slope_of_the_loss() {
             let allowed = 2e-3 * gradients.norm();
             assert!(
                 (slope - expected).abs() < allowed,
-                "slope {slope}, gradient {expected}, allowed {allowed}"
+                "{}: slope {slope}, gradient {expected}, allowed {allowed}",
+                family.model_type
             );
         }
     }
@@ -71,79 +79,144 @@ fn gradient_is_the_slope_of_the_loss() {
 #[test]
 fn packed_sequences_do_not_see_each_other() {
     let sequences = sequences();
-    for (stored, device) in [(Stored::F32, REFERENCE), (Stored::Nf4, CPU)] {
-        let model = random_model(&odd_config(), stored, &device);
+    for (family, stored, device) in models() {
+        let model = random_model(&family, stored, &device);
         let adapter = busy_adapter(&model, 3);
         let alone: Vec<Pack> = sequences.iter().map(|one| packed(std::slice::from_ref(one))).collect();
         let (together_nll, together) = run(&model, &adapter, &[packed(&sequences)]);
         let (alone_nll, alone) = run(&model, &adapter, &alone);
-        assert!((together_nll / alone_nll - 1.0).abs() < 1e-6, "{together_nll} packed, {alone_nll} alone");
+        let name = &family.model_type;
+        let difference = (together_nll / alone_nll - 1.0).abs();
+        assert!(difference < 1e-6, "{name}: {together_nll} packed, {alone_nll} alone");
         let error = worst(&flat(&together), &flat(&alone));
-        assert!(error < 1e-6 * together.norm() as f32 + 1e-6, "gradients differ by {error}");
+        assert!(error < 1e-6 * together.norm() as f32 + 1e-6, "{name}: gradients differ by {error}");
     }
 }
 
 #[test]
 fn cached_decoding_of_many_is_the_whole_pass_of_each() {
     let sequences = sequences();
-    let model = random_model(&odd_config(), Stored::Nf4, &CPU);
-    let (adapter, mut workspace) = (busy_adapter(&model, 3), Workspace::default());
-    let mut cache = model.new_cache(sequences.len(), 70);
-    let mut fed = vec![0; sequences.len()];
-    // Prefill of uneven lengths, then steps in which the shorter ones fall away.
-    for step in [3, 1, 9, 1, 56] {
-        let slices: Vec<&[u32]> = sequences
-            .iter()
-            .zip(&fed)
-            .map(|((tokens, _), &fed)| &tokens[fed..tokens.len().min(fed + step)])
-            .collect();
-        let logits = model.extend(Some(&adapter), &mut cache, &slices, &mut workspace).unwrap();
-        for (index, slice) in slices.iter().enumerate() {
-            fed[index] += slice.len();
-            assert_eq!(logits[index].is_some(), !slice.is_empty());
-            if let Some(logits) = &logits[index] {
-                let tokens = &sequences[index].0[..fed[index]];
-                let pack = Pack::new(&[(tokens, &vec![false; tokens.len()])]);
-                let whole = model.logits(Some(&adapter), &pack, &[tokens.len() - 1], &mut workspace).unwrap();
-                let error = worst(logits, &whole);
-                assert!(error < 2e-5, "sequence {index} after {} tokens is off by {error}", fed[index]);
+    for (family, stored, device) in models() {
+        let model = random_model(&family, stored, &device);
+        let (adapter, mut workspace) = (busy_adapter(&model, 3), Workspace::default());
+        let mut cache = model.new_cache(sequences.len(), 70);
+        let mut fed = vec![0; sequences.len()];
+        // Prefill of uneven lengths, then steps in which the shorter ones fall away.
+        for step in [3, 1, 9, 1, 56] {
+            let slices: Vec<&[u32]> = sequences
+                .iter()
+                .zip(&fed)
+                .map(|((tokens, _), &fed)| &tokens[fed..tokens.len().min(fed + step)])
+                .collect();
+            let logits = model.extend(Some(&adapter), &mut cache, &slices, &mut workspace).unwrap();
+            for (index, slice) in slices.iter().enumerate() {
+                fed[index] += slice.len();
+                assert_eq!(logits[index].is_some(), !slice.is_empty());
+                if let Some(logits) = &logits[index] {
+                    let tokens = &sequences[index].0[..fed[index]];
+                    let pack = Pack::new(&[(tokens, &vec![false; tokens.len()])]);
+                    let last = [tokens.len() - 1];
+                    let whole = model.logits(Some(&adapter), &pack, &last, &mut workspace).unwrap();
+                    let (error, name) = (worst(logits, &whole), &family.model_type);
+                    let after = fed[index];
+                    assert!(error < 2e-5, "{name}: sequence {index} after {after} tokens is off by {error}");
+                }
             }
         }
     }
 }
 
 #[test]
+fn failed_pass_leaves_the_cache_as_it_was() {
+    for family in odd_configs() {
+        let model = random_model(&family, Stored::F32, &CPU);
+        let (mut cache, mut workspace) = (model.new_cache(1, 20), Workspace::default());
+        model.extend(None, &mut cache, &[&[3, 4, 5]], &mut workspace).unwrap();
+        let mut untouched = cache.clone();
+        let mut broken = busy_adapter(&model, 3);
+        let last = broken.parameters_mut().last().unwrap();
+        last.1.fill(f32::NAN);
+        let error = model.extend(Some(&broken), &mut cache, &[&[6, 7]], &mut workspace).unwrap_err();
+        assert!(matches!(error, ModelError::NotFinite { .. }), "{error}");
+        let [after, expected] = [&mut cache, &mut untouched]
+            .map(|cache| model.extend(None, cache, &[&[8]], &mut workspace).unwrap());
+        assert_eq!(after, expected, "{}", family.model_type);
+    }
+}
+
+#[test]
+fn forgotten_sequence_starts_anew() {
+    for family in odd_configs() {
+        let model = random_model(&family, Stored::F32, &CPU);
+        let (mut cache, mut workspace) = (model.new_cache(2, 20), Workspace::default());
+        let fresh = model.extend(None, &mut cache, &[&[3, 4], &[5]], &mut workspace).unwrap();
+        model.extend(None, &mut cache, &[&[6], &[7]], &mut workspace).unwrap();
+        let to_one = cache.truncate(0, 1);
+        let recurrent = family.layers.contains(&Mixing::Mamba);
+        assert_eq!(matches!(to_one, Err(ModelError::CacheKeepsNoPast { .. })), recurrent);
+        (0..2).for_each(|sequence| cache.truncate(sequence, 0).unwrap());
+        let again = model.extend(None, &mut cache, &[&[3, 4], &[5]], &mut workspace).unwrap();
+        assert_eq!(again, fresh, "{}", family.model_type);
+        assert_eq!(cache.lengths(), [2, 1]);
+    }
+}
+
+#[test]
 fn thread_count_changes_no_bit() {
     let pack = packed(&sequences());
-    let results: Vec<(u64, Vec<u32>)> = [1, 2, 3]
-        .map(|threads| {
-            let model = random_model(&odd_config(), Stored::Nf4, &Compute { threads, ..CPU });
-            let (nll, gradients) = run(&model, &busy_adapter(&model, 3), std::slice::from_ref(&pack));
-            (nll.to_bits(), flat(&gradients).into_iter().map(f32::to_bits).collect())
-        })
-        .to_vec();
-    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+    for family in odd_configs() {
+        let results: Vec<(u64, Vec<u32>)> = [1, 2, 3]
+            .map(|threads| {
+                let model = random_model(&family, Stored::Nf4, &Compute { threads, ..CPU });
+                let (nll, gradients) = run(&model, &busy_adapter(&model, 3), std::slice::from_ref(&pack));
+                (nll.to_bits(), flat(&gradients).into_iter().map(f32::to_bits).collect())
+            })
+            .to_vec();
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{}", family.model_type);
+    }
 }
 
 #[test]
 fn used_workspace_gives_the_same_bits_as_a_fresh_one() {
     let sequences = sequences();
-    let model = random_model(&odd_config(), Stored::Nf4, &CPU);
-    let adapter = busy_adapter(&model, 3);
     let (long, short) = (packed(&sequences), packed(&sequences[2..]));
-    let (_, fresh) = run(&model, &adapter, std::slice::from_ref(&short));
-    let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
-    model.loss_and_gradients(&adapter, &long, 0.1, &mut gradients, &mut workspace).unwrap();
-    gradients.zero();
-    model.loss_and_gradients(&adapter, &short, 0.1, &mut gradients, &mut workspace).unwrap();
-    assert_eq!(flat(&gradients), flat(&fresh));
+    // One workspace for all: what a model of another family left in it must not matter either.
+    let mut workspace = Workspace::default();
+    for family in odd_configs() {
+        let model = random_model(&family, Stored::Nf4, &CPU);
+        let adapter = busy_adapter(&model, 3);
+        let (_, fresh) = run(&model, &adapter, std::slice::from_ref(&short));
+        let mut gradients = Gradients::new(&adapter);
+        model.loss_and_gradients(&adapter, &long, 0.1, &mut gradients, &mut workspace).unwrap();
+        gradients.zero();
+        model.loss_and_gradients(&adapter, &short, 0.1, &mut gradients, &mut workspace).unwrap();
+        assert_eq!(flat(&gradients), flat(&fresh), "{}", family.model_type);
+    }
+}
+
+#[test]
+fn every_tensor_is_listed_and_every_golden_tensor_is_used() {
+    for family in GOLDEN {
+        let checkpoint = Checkpoint::open(&folder(family)).unwrap();
+        let mut listed: Vec<String> =
+            tensors(checkpoint.config()).unwrap().into_iter().map(|tensor| tensor.name).collect();
+        listed.sort();
+        assert_eq!(listed, checkpoint.names(), "{family}");
+    }
 }
 
 #[test]
 fn partial_adapter_has_the_gradients_it_has_in_the_whole() {
     let pack = packed(&sequences());
-    let model = random_model(&odd_config(), Stored::F32, &CPU);
-    for targets in [r".*layers\.1\.mlp\.down_proj", r".*layers\.[12]\.self_attn\.[qo]_proj"] {
+    let hybrid = odd_configs().pop().unwrap();
+    for (family, targets) in [
+        (odd_config(), r".*layers\.1\.mlp\.down_proj"),
+        (odd_config(), r".*layers\.[12]\.self_attn\.[qo]_proj"),
+        (hybrid.clone(), r".*layers\.2\.mamba\.in_proj"),
+        (hybrid.clone(), r".*layers\.0\.mamba\.out_proj"),
+        (hybrid, r".*layers\.1\.shared_mlp\.input_linear"),
+    ] {
+        let model = random_model(&family, Stored::F32, &CPU);
         let config = LoraConfig {
             rank: 3,
             alpha: 8.0,

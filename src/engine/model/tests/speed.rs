@@ -6,19 +6,10 @@ use std::time::Instant;
 use super::*;
 
 fn smollm2() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 576,
-        intermediate_size: 1536,
-        num_hidden_layers: 30,
-        num_attention_heads: 9,
-        num_key_value_heads: 3,
-        head_dim: 64,
-        vocab_size: 49_152,
-        attention_bias: false,
-        mlp_bias: false,
-        rope: Rope { theta: 100_000.0, scaling: RopeScaling::None },
-        ..odd_config()
-    }
+    let text = r#"{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "rope_theta": 100000, "tie_word_embeddings": true}"#;
+    ModelConfig::from_json(text).unwrap()
 }
 
 fn threads() -> usize {
