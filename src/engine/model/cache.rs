@@ -58,6 +58,19 @@ impl KvCache {
         self.lengths[sequence] = self.lengths[sequence].min(len);
     }
 
+    /// Makes sequence `to` hold what sequence `from` holds.
+    pub fn fork(&mut self, from: usize, to: usize) {
+        let rows = self.lengths[from];
+        for layer in &mut self.layers {
+            for values in [&mut layer.k, &mut layer.v] {
+                let stretch = values.len() / self.lengths.len();
+                let start = from * stretch;
+                values.copy_within(start..start + stretch / self.capacity.max(1) * rows, to * stretch);
+            }
+        }
+        self.lengths[to] = rows;
+    }
+
     pub(super) fn layout(&self, tokens: &[&[u32]]) -> Result<CacheLayout, ModelError> {
         if tokens.len() != self.lengths.len() {
             return Err(ModelError::CacheSequences { expected: self.lengths.len(), got: tokens.len() });

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::panel::{self, Side};
-use super::product::{Operand, Output, Panels, Shared, multiply, product, sweep};
+use super::product::{Operand, Output, Panels, SWEEP, Shared, multiply, product};
 use super::{Cpu, Lora, LoraGradient, Write, scratch};
 use crate::matrix::Matrix;
 
@@ -73,7 +73,7 @@ fn part_of(
     k: usize,
     write: Write,
 ) {
-    let sweep = sweep(k);
+    let sweep = SWEEP.min(k);
     scratch::with(panel::size(part.len(), sweep), |panels| {
         for start in (0..k).step_by(sweep) {
             let depth = start..k.min(start + sweep);

@@ -7,13 +7,9 @@ use std::ops::Range;
 use super::kernel::{Kernel, PANEL, Product};
 use super::{Write, panel, scratch};
 
-/// Most depth of one sweep: a panel and the rows of a tile then fit the first-level cache.
-const DEPTH: usize = 288;
-
-/// The depth of each sweep over `depth`: even parts, in steps the panels are packed in.
-pub(super) fn sweep(depth: usize) -> usize {
-    depth.div_ceil(depth.div_ceil(DEPTH)).next_multiple_of(32)
-}
+/// Depth of one sweep: a panel and the rows of a tile then fit the first-level cache. Always the same, so that a
+/// sum does not change where zeros follow (keys that a query does not see).
+pub(super) const SWEEP: usize = 288;
 
 /// A buffer whose disjoint parts are written by different tasks.
 #[derive(Clone, Copy)]
@@ -144,9 +140,8 @@ pub(super) fn product(
     }
     assert!(depth > 0, "BUG: product of depth 0");
     b.check(depth, cols);
-    let sweep = sweep(depth);
-    for start in (0..depth).step_by(sweep) {
-        let depth = sweep.min(depth - start);
+    for start in (0..depth).step_by(SWEEP) {
+        let depth = SWEEP.min(depth - start);
         let write = if start == 0 { write } else { Write::Add };
         let (a, b) = (a.from(start * a.col), b.from(start * b.row));
         if b.col == 1 && cols % PANEL == 0 {
