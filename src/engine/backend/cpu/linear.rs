@@ -14,8 +14,6 @@ const TILE: usize = 192;
 const TOKENS: usize = 512;
 /// Up to so many tokens, decoded weights are used at once, while they are in the first-level cache.
 const FEW: usize = 96;
-/// Outputs decoded at a time for few tokens.
-const NARROW: usize = 64;
 /// Tokens of a LoRA task.
 const LORA_TOKENS: usize = 64;
 /// Rows or columns of a LoRA gradient a task owns.
@@ -53,7 +51,12 @@ fn run(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, side: Side, write: 
         // SAFETY: tiles and chunks of different tasks do not overlap.
         let mut y = unsafe { y.block(first * n + start, rows, tile.len(), n) };
         let x = Operand::rows(&x[first * k..(first + rows) * k], k);
-        let narrow = if rows <= FEW { NARROW } else { tile.len() };
+        let narrow = match rows {
+            // One panel has too few sums to keep the CPU busy with one token.
+            1 => 2 * panel::WIDTH,
+            2..=FEW => panel::WIDTH,
+            _ => tile.len(),
+        };
         for start in tile.clone().step_by(narrow) {
             let part = start..tile.end.min(start + narrow);
             let mut y = y.columns(part.start - tile.start..part.end - tile.start);

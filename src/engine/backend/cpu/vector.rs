@@ -4,6 +4,21 @@
 /// Lanes of a [`Vector`].
 pub(super) const LANES: usize = 8;
 
+/// Sixteen values that 4-bit indices name.
+pub(super) trait Code {
+    const VALUES: [f32; 16];
+    /// Their first bytes, second bytes, third and fourth.
+    const PLANES: [[u8; 16]; 4] = {
+        let mut planes = [[0; 16]; 4];
+        let mut place = 0;
+        while place < 64 {
+            planes[place % 4][place / 4] = Self::VALUES[place / 4].to_le_bytes()[place % 4];
+            place += 1;
+        }
+        planes
+    };
+}
+
 /// Eight f32 values.
 ///
 /// # Safety
@@ -24,6 +39,12 @@ pub(super) trait Vector: Copy {
     unsafe fn load_f16(from: *const u8) -> Self;
     /// The values of `code` that eight 4-bit indices name, two a byte, the first in the high nibble.
     unsafe fn load_codes(from: *const u8, code: &[f32; 16]) -> Self;
+    /// out (32,16) = the values of `C` that the 4-bit indices of sixteen rows name, transposed and each row
+    /// times its scale: 32 indices of row i start at `from + i * stride`, two a byte, the first in the high
+    /// nibble.
+    unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32);
+    /// Asks for the memory at `from`, which need not exist, to be brought near.
+    unsafe fn prefetch(from: *const u8);
     /// Lane j of row i becomes lane i of row j.
     unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES];
 }
@@ -93,6 +114,23 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32) {
+        for (row, scale) in scales.iter().enumerate() {
+            for byte in 0..16 {
+                // SAFETY: as the trait says.
+                unsafe {
+                    let both = *from.add(row * stride + byte);
+                    *out.add(2 * byte * 16 + row) = C::VALUES[usize::from(both >> 4)] * scale;
+                    *out.add((2 * byte + 1) * 16 + row) = C::VALUES[usize::from(both & 15)] * scale;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
+
+    #[inline(always)]
     unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
         std::array::from_fn(|lane| std::array::from_fn(|row| rows[row][lane]))
     }
@@ -107,7 +145,7 @@ mod avx2 {
 
     use std::arch::x86_64::*;
 
-    use super::{LANES, Vector};
+    use super::{Code, LANES, Vector};
 
     /// One register.
     #[derive(Clone, Copy)]
@@ -179,6 +217,73 @@ mod avx2 {
                 let high = _mm256_permutevar8x32_ps(high, indices);
                 Self(_mm256_blendv_ps(low, high, upper))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn codes_transposed<C: Code>(
+            from: *const u8,
+            stride: usize,
+            scales: &[f32; 16],
+            out: *mut f32,
+        ) {
+            // SAFETY: as the trait says. Indices are transposed while they are bytes; the four bytes of each
+            // value are then looked up one by one, which no permutation of whole values does as fast, and put
+            // together by interleaving.
+            unsafe {
+                let plane = |index: usize| {
+                    _mm256_broadcastsi128_si256(_mm_loadu_si128(C::PLANES[index].as_ptr().cast()))
+                };
+                let planes = [plane(0), plane(1), plane(2), plane(3)];
+                let scales = [_mm256_loadu_ps(scales.as_ptr()), _mm256_loadu_ps(scales.as_ptr().add(8))];
+                // In an order that leaves each half of a register the rows it ends with.
+                const ORDER: [usize; 16] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15];
+                let mut bytes = [_mm_setzero_si128(); 16];
+                for row in 0..16 {
+                    bytes[row] = _mm_loadu_si128(from.add(ORDER[row] * stride).cast());
+                }
+                // Rows i and i + 8 side by side, four times over, is a transposition.
+                for _ in 0..4 {
+                    let rows = bytes;
+                    for row in 0..8 {
+                        bytes[2 * row] = _mm_unpacklo_epi8(rows[row], rows[row + 8]);
+                        bytes[2 * row + 1] = _mm_unpackhi_epi8(rows[row], rows[row + 8]);
+                    }
+                }
+                let low = _mm_set1_epi8(15);
+                for byte in 0..16 {
+                    let first = _mm_and_si128(_mm_srli_epi16::<4>(bytes[byte]), low);
+                    let second = _mm_and_si128(bytes[byte], low);
+                    // Of both steps, rows 0-3 and 8-11, and rows 4-7 and 12-15.
+                    let indices = _mm256_set_m128i(
+                        _mm_unpackhi_epi64(first, second),
+                        _mm_unpacklo_epi64(first, second),
+                    );
+                    let mut parts = [_mm256_setzero_si256(); 4];
+                    for plane in 0..4 {
+                        parts[plane] = _mm256_shuffle_epi8(planes[plane], indices);
+                    }
+                    let low =
+                        [_mm256_unpacklo_epi8(parts[0], parts[1]), _mm256_unpackhi_epi8(parts[0], parts[1])];
+                    let high =
+                        [_mm256_unpacklo_epi8(parts[2], parts[3]), _mm256_unpackhi_epi8(parts[2], parts[3])];
+                    for step in 0..2 {
+                        let values = [
+                            _mm256_unpacklo_epi16(low[step], high[step]),
+                            _mm256_unpackhi_epi16(low[step], high[step]),
+                        ];
+                        for half in 0..2 {
+                            let value = _mm256_mul_ps(_mm256_castsi256_ps(values[half]), scales[half]);
+                            _mm256_storeu_ps(out.add((2 * byte + step) * 16 + half * 8), value);
+                        }
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(from: *const u8) {
+            // SAFETY: a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
 
         #[inline(always)]

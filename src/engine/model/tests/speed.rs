@@ -57,7 +57,7 @@ fn training_step() {
     println!("peak memory {}", peak_memory());
 }
 
-/// Prompts of 32 tokens, then 16 steps of one token each, for several numbers of sequences.
+/// Prompts of 32 tokens, then `STEPS` (16) of one token each, for several numbers of sequences or `BATCH`.
 #[test]
 #[ignore = "a measurement"]
 fn decoding() {
@@ -66,13 +66,13 @@ fn decoding() {
     let mut workspace = Workspace::default();
     let prompt: Vec<u32> = (0..32).collect();
     for (name, adapter) in [("base", None), ("adapted", Some(&adapter))] {
-        for batch in [1, 4, 16, 64] {
-            let mut cache = model.new_cache(batch, 64);
+        for batch in [1, 4, 16, 64].into_iter().filter(|batch| [0, *batch].contains(&setting("BATCH", 0))) {
+            let mut cache = model.new_cache(batch, 32 + setting("STEPS", 16));
             measure(&format!("{name}, batch {batch}: prefill"), 32 * batch, || {
                 model.extend(adapter, &mut cache, &vec![&prompt[..]; batch], &mut workspace).unwrap();
             });
-            measure(&format!("{name}, batch {batch}: decode"), 16 * batch, || {
-                for token in 0..16 {
+            measure(&format!("{name}, batch {batch}: decode"), setting("STEPS", 16) * batch, || {
+                for token in 0..setting("STEPS", 16) as u32 {
                     model.extend(adapter, &mut cache, &vec![&[token][..]; batch], &mut workspace).unwrap();
                 }
             });
