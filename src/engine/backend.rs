@@ -56,7 +56,7 @@ impl Compute {
 pub fn numerics(kind: BackendKind) -> String {
     match kind {
         BackendKind::Reference => "reference:f32".to_owned(),
-        BackendKind::Cpu => format!("cpu:{}-f32", cpu::instruction_set()),
+        BackendKind::Cpu => format!("cpu:{}", cpu::numerics()),
     }
 }
 

@@ -1,12 +1,13 @@
-//! Text generation: prompts in, tokens out, many prompts in one batch. Each prompt is read at once, then all of
-//! a batch advance together, a token a pass; those that have ended drop out. Knows token ids; knows no text, no
+//! Text generation: prompts in, tokens out, many prompts in one batch. What all prompts of a batch begin with is
+//! read once, the rest of each in few passes; then all advance together, a token a pass, and those that have ended
+//! drop out. Knows token ids; knows no text, no
 //! chat template (the caller says which ids end a turn) and no kernel.
 //!
 //! A prompt's tokens depend on that prompt alone: sequences do not see each other, and each has its own stream of
 //! random numbers. So batching, the batch size and the other prompts change speed and nothing else.
 //!
 //! ```text
-//! prompts ─ sort by length ─► batches ─► prefill each ─► extend all ─► pick ─┬─► results in the prompts' order
+//! prompts ─ sort by length ─► batches ─► prefill ─► extend all ─► pick ─┬─► results in the prompts' order
 //!                                                   └──────────────────◄─────┘
 //! ```
 
@@ -18,6 +19,12 @@ use crate::model::{KvCache, Model, ModelError, Workspace};
 mod sampling;
 
 pub use sampling::{Sampler, Sampling, SamplingOptions, SamplingProblem, argmax};
+
+/// Most prompt tokens of a pass: beyond this a pass gains no speed, only memory.
+const PREFILL_TOKENS: usize = 512;
+/// A common beginning is read apart where that spares at least so many tokens: about what a pass costs beside
+/// its tokens.
+const SPARED_TOKENS: usize = 32;
 
 /// How to generate.
 #[derive(Debug, Clone, PartialEq)]
@@ -156,6 +163,15 @@ fn check(model: &Model, prompts: &[Vec<u32>], options: &GenerateOptions) -> Resu
     }
 }
 
+/// Tokens that all prompts begin with, each keeping one of its own; 0 where reading them once spares too little.
+fn shared_beginning(prompts: &[&[u32]]) -> usize {
+    let Some((first, others)) = prompts.split_first() else { return 0 };
+    let agree = |prompt: &&[u32]| first.iter().zip(*prompt).take_while(|(a, b)| a == b).count();
+    let shortest = prompts.iter().map(|prompt| prompt.len()).min().unwrap_or(0);
+    let shared = others.iter().map(agree).min().unwrap_or(0).min(shortest.saturating_sub(1));
+    if shared * others.len() >= SPARED_TOKENS { shared } else { 0 }
+}
+
 /// Prompts that advance together.
 struct Batch<'a> {
     model: &'a Model,
@@ -204,19 +220,36 @@ impl<'a> Batch<'a> {
         Ok(Self { model, adapter, stop_ids: &options.stop_ids, cache, sequences, started: Instant::now() })
     }
 
-    /// Reads each prompt and picks each answer's first token.
+    /// Reads the prompts and picks each answer's first token.
     fn prefill(
         &mut self,
         workspace: &mut Workspace,
         hooks: &mut dyn GenerateHooks,
     ) -> Result<(), GenerateError> {
-        for index in 0..self.sequences.len() {
-            if self.sequences[index].limit == 0 {
-                self.stop(index, StopReason::MaxTokens, hooks);
-                continue;
-            }
+        let (live, silent): (Vec<usize>, Vec<usize>) =
+            (0..self.sequences.len()).partition(|&index| self.sequences[index].limit > 0);
+        for index in silent {
+            self.stop(index, StopReason::MaxTokens, hooks);
+        }
+        let prompts: Vec<&'a [u32]> = live.iter().map(|&index| self.sequences[index].prompt_tokens).collect();
+        let shared = shared_beginning(&prompts);
+        if shared > 0 {
             let mut tokens: Vec<&[u32]> = vec![&[]; self.sequences.len()];
-            tokens[index] = self.sequences[index].prompt_tokens;
+            tokens[live[0]] = &prompts[0][..shared];
+            self.pass(&tokens, workspace, hooks)?;
+            live[1..].iter().for_each(|&index| self.cache.fork(live[0], index));
+        }
+        let mut rest = live.iter().zip(prompts).map(|(&index, prompt)| (index, &prompt[shared..])).peekable();
+        while rest.peek().is_some() {
+            let mut tokens: Vec<&[u32]> = vec![&[]; self.sequences.len()];
+            let mut room = PREFILL_TOKENS;
+            // A prompt longer than a pass is read alone.
+            while let Some((index, prompt)) =
+                rest.next_if(|(_, prompt)| room == PREFILL_TOKENS || prompt.len() <= room)
+            {
+                tokens[index] = prompt;
+                room = room.saturating_sub(prompt.len());
+            }
             self.extend(&tokens, workspace, hooks)?;
         }
         Ok(())
@@ -244,16 +277,26 @@ impl<'a> Batch<'a> {
         workspace: &mut Workspace,
         hooks: &mut dyn GenerateHooks,
     ) -> Result<(), GenerateError> {
-        if hooks.cancelled() {
-            return Err(GenerateError::Cancelled);
-        }
-        let logits = self.model.extend(self.adapter, &mut self.cache, tokens, workspace)?;
+        let logits = self.pass(tokens, workspace, hooks)?;
         for (index, logits) in logits.into_iter().enumerate() {
             if let Some(mut logits) = logits {
                 self.pick(index, &mut logits, hooks)?;
             }
         }
         Ok(())
+    }
+
+    /// Feeds tokens to the sequences that have some; gives the logits after each one's last.
+    fn pass(
+        &mut self,
+        tokens: &[&[u32]],
+        workspace: &mut Workspace,
+        hooks: &mut dyn GenerateHooks,
+    ) -> Result<Vec<Option<Vec<f32>>>, GenerateError> {
+        if hooks.cancelled() {
+            return Err(GenerateError::Cancelled);
+        }
+        Ok(self.model.extend(self.adapter, &mut self.cache, tokens, workspace)?)
     }
 
     fn pick(

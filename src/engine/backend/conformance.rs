@@ -1,5 +1,5 @@
-//! One suite for every backend: `Cpu` against the plain loops of `Reference` over ragged shapes and all
-//! encodings, and against itself under other thread counts, bit for bit.
+//! One suite for every backend: `Cpu`, with the machine's instructions and without, against the plain loops of
+//! `Reference` over ragged shapes and all encodings, and against itself under other thread counts, bit for bit.
 
 use super::{
     Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, LogitMap, Lora,
@@ -25,15 +25,9 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
 /// Runs `operation`, which gives its outputs, on the reference and on `Cpu` with 1, 2 and 3 threads.
 fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec<f32>>) {
     let expected = operation(&Reference);
+    close(&format!("{what}, portable"), tolerance, &operation(&Cpu::portable(1)), &expected);
     let one = operation(&Cpu::new(1));
-    for (index, (got, expected)) in one.iter().zip(&expected).enumerate() {
-        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-        for (place, (got, expected)) in got.iter().zip(expected).enumerate() {
-            let allowed = tolerance * (largest + 1e-3);
-            let error = (got - expected).abs();
-            assert!(error <= allowed, "{what}: output {index} at {place} is {got}, reference {expected}");
-        }
-    }
+    close(what, tolerance, &one, &expected);
     for threads in [2, 3] {
         let bits =
             |outputs: &[Vec<f32>]| -> Vec<u32> { outputs.concat().into_iter().map(f32::to_bits).collect() };
@@ -42,6 +36,17 @@ fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec
             bits(&one),
             "{what}: {threads} threads give other bits"
         );
+    }
+}
+
+fn close(what: &str, tolerance: f32, got: &[Vec<f32>], expected: &[Vec<f32>]) {
+    for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        for (place, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let allowed = tolerance * (largest + 1e-3);
+            let error = (got - expected).abs();
+            assert!(error <= allowed, "{what}: output {index} at {place} is {got}, reference {expected}");
+        }
     }
 }
 

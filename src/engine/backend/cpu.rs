@@ -20,14 +20,17 @@ use crate::matrix::Matrix;
 
 mod attention;
 mod conv;
-mod decode;
 mod entropy;
+mod kernel;
 mod linear;
+mod panel;
 mod product;
 mod rows;
 mod scan;
 mod scratch;
+mod vector;
 
+use kernel::Kernel;
 use product::Shared;
 
 /// Rows of activations a row-wise task takes.
@@ -39,28 +42,13 @@ const TASK_VALUES: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Cpu {
     pool: rayon::ThreadPool,
+    kernel: Kernel,
 }
 
-/// The instruction set of the products on this machine: `avx512`, `avx2`, `neon` or `portable`.
-pub(super) fn instruction_set() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return "avx512";
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "avx2";
-        }
-        "portable"
-    }
-    #[cfg(target_arch = "aarch64")]
-    {
-        "neon"
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    {
-        "portable"
-    }
+/// The numerics class of the products on this machine. The number counts the orders of sums there have been:
+/// raise it with every change of bits, for cached results are kept by it.
+pub(super) fn numerics() -> String {
+    format!("{}-f32.2", Kernel::best().name())
 }
 
 impl Cpu {
@@ -71,7 +59,17 @@ impl Cpu {
             .thread_name(|index| format!("tunesmith-cpu-{index}"))
             .build()
             .expect("the system can start a handful of threads");
-        Self { pool }
+        Self { pool, kernel: Kernel::best() }
+    }
+
+    /// The same without the machine's own instructions.
+    #[cfg(test)]
+    pub(super) fn portable(threads: usize) -> Self {
+        Self { kernel: Kernel::portable(), ..Self::new(threads) }
+    }
+
+    fn threads(&self) -> usize {
+        self.pool.current_num_threads()
     }
 
     /// Runs tasks `0..tasks` in any order on the pool.

@@ -52,6 +52,42 @@ fn batches_give_the_tokens_of_single_prompts() {
 }
 
 #[test]
+fn what_prompts_share_is_read_once_and_changes_nothing() {
+    let beginning: Vec<u32> = prompts(40).concat().into_iter().take(37).collect();
+    let mut prompts: Vec<Vec<u32>> = prompts(6);
+    prompts.iter_mut().for_each(|prompt| *prompt = [&beginning[..], &prompt[..prompt.len().min(9)]].concat());
+    prompts.push(beginning.clone());
+    let views: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    assert_eq!(shared_beginning(&views), 36, "the shortest keeps a token");
+    assert_eq!(shared_beginning(&views[..1]), 0);
+    assert_eq!(shared_beginning(&[&[1, 2, 3], &[1, 2, 4]]), 0, "too little to be worth a pass");
+    for options in [GenerateOptions::greedy(12, vec![2]), sampled()] {
+        let alone = tokens(&prompts, &GenerateOptions { batch: 1, ..options.clone() });
+        assert_eq!(tokens(&prompts, &options), alone);
+    }
+}
+
+#[test]
+fn logits_are_those_of_the_prompt_alone_to_the_bit() {
+    let prompts = prompts(5);
+    let mut workspace = Workspace::default();
+    let mut together = MODEL.new_cache(5, 40);
+    let views: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let first = MODEL.extend(None, &mut together, &views, &mut workspace).unwrap();
+    let second = MODEL.extend(None, &mut together, &[&[7][..]; 5], &mut workspace).unwrap();
+    for (index, prompt) in prompts.iter().enumerate() {
+        // Alone, and cut in two somewhere.
+        let mut cache = MODEL.new_cache(1, 64);
+        let (head, tail) = prompt.split_at(prompt.len() / 2);
+        MODEL.extend(None, &mut cache, &[head], &mut workspace).unwrap();
+        let alone = MODEL.extend(None, &mut cache, &[tail], &mut workspace).unwrap();
+        assert_eq!(alone[0], first[index], "prompt {index}");
+        let alone = MODEL.extend(None, &mut cache, &[&[7]], &mut workspace).unwrap();
+        assert_eq!(alone[0], second[index], "prompt {index}, next token");
+    }
+}
+
+#[test]
 fn greedy_is_the_argmax_of_whole_passes() {
     let prompt = prompts(3)[2].clone();
     let answer = tokens(std::slice::from_ref(&prompt), &GenerateOptions::greedy(10, vec![])).remove(0);
@@ -148,8 +184,8 @@ fn hooks_hear_every_token_and_may_cancel() {
     assert_eq!(listener.tokens, answers.iter().map(|answer| answer.tokens.clone()).collect::<Vec<_>>());
     listener.done.sort_by_key(|(prompt, _)| *prompt);
     assert_eq!(listener.done, answers.into_iter().enumerate().collect::<Vec<_>>());
-    // The first batch takes two prefills and five steps.
-    let mut listener = Listener { passes_left: Some(7), ..Listener::default() };
+    // The first batch takes a prefill and five steps.
+    let mut listener = Listener { passes_left: Some(6), ..Listener::default() };
     let error = generate(&MODEL, None, &prompts, &options, &mut listener).unwrap_err();
     assert!(matches!(error, GenerateError::Cancelled));
     assert_eq!(listener.done.len(), 2);

@@ -94,6 +94,10 @@ impl Slots {
         self.past[values.clone()].copy_from_slice(&self.next[values]);
     }
 
+    fn fork(&mut self, from: usize, to: usize) {
+        self.past.copy_within(from * self.size..(from + 1) * self.size, to * self.size);
+    }
+
     fn clear(&mut self, slot: usize) {
         self.past[slot * self.size..(slot + 1) * self.size].fill(0.0);
     }
@@ -146,6 +150,27 @@ impl KvCache {
         }
         self.lengths[sequence] = len;
         Ok(())
+    }
+
+    /// Makes sequence `to` hold what sequence `from` holds.
+    pub fn fork(&mut self, from: usize, to: usize) {
+        let (rows, sequences, capacity) = (self.lengths[from], self.lengths.len(), self.capacity.max(1));
+        for layer in &mut self.layers {
+            match layer {
+                LayerCache::Attention(KeysValues { k, v }) => {
+                    for values in [k, v] {
+                        let stretch = values.len() / sequences;
+                        let start = from * stretch;
+                        values.copy_within(start..start + stretch / capacity * rows, to * stretch);
+                    }
+                }
+                LayerCache::Mamba(state) => {
+                    state.conv.fork(from, to);
+                    state.scan.fork(from, to);
+                }
+            }
+        }
+        self.lengths[to] = rows;
     }
 
     pub(super) fn layout(&self, tokens: &[&[u32]]) -> Result<CacheLayout, ModelError> {

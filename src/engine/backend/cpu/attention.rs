@@ -112,7 +112,7 @@ pub(super) fn forward(
         let (head, block) = tasks[task];
         let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
         scratch::with(block.rows * block.keys(), |scores| {
-            scores_of(scores, &block, q, k, query, key, shape.head_dim);
+            scores_of(cpu, scores, &block, q, k, query, key, shape.head_dim);
             let scale = cap_scores(scores, shape);
             for (i, row) in scores.chunks_exact_mut(block.keys()).enumerate() {
                 let seen = block.seen(i, shape);
@@ -126,13 +126,22 @@ pub(super) fn forward(
             // SAFETY: one task per block of rows and head.
             let mut out = unsafe { out.block(at, block.rows, shape.head_dim, query.stride) };
             let scores = Operand::rows(scores, block.keys());
-            product(&mut out, block.keys(), 1.0, Write::Overwrite, scores, key.rows(v, block.key_first));
+            product(
+                cpu.kernel,
+                &mut out,
+                block.keys(),
+                1.0,
+                Write::Overwrite,
+                scores,
+                key.rows(v, block.key_first),
+            );
         });
     });
 }
 
 /// scores (rows, keys) = q · kᵀ of a block.
 fn scores_of(
+    cpu: &Cpu,
     scores: &mut [f32],
     block: &Block,
     q: &[f32],
@@ -143,7 +152,7 @@ fn scores_of(
 ) {
     let mut out = Output::of(scores, block.rows, block.keys());
     let (q, k) = (query.rows(q, block.first), key.columns(k, block.key_first));
-    product(&mut out, head_dim, 1.0, Write::Overwrite, q, k);
+    product(cpu.kernel, &mut out, head_dim, 1.0, Write::Overwrite, q, k);
 }
 
 /// Caps scores that are to be capped; gives the factor that is still to be applied.
@@ -189,7 +198,8 @@ pub(super) fn backward(
             // SAFETY: as above.
             let mut dq = unsafe { dq.block(at, block.rows, dim, shape.heads * dim) };
             let keys = block.key_start * dim..;
-            block_backward(&mut dq, &mut dk[keys.clone()], &mut dv[keys], dout, saved, shape, head, &block);
+            let (dk, dv) = (&mut dk[keys.clone()], &mut dv[keys]);
+            block_backward(cpu, &mut dq, dk, dv, dout, saved, shape, head, &block);
         }
     });
     let group = shape.heads / shape.kv_heads;
@@ -209,6 +219,7 @@ pub(super) fn backward(
 
 /// dq (rows,D) of a block; adds to dk and dv of its head, which begin at the block's first key.
 fn block_backward(
+    cpu: &Cpu,
     dq: &mut Output<'_>,
     dk: &mut [f32],
     dv: &mut [f32],
@@ -222,8 +233,8 @@ fn block_backward(
     let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
     scratch::with(2 * block.rows * keys, |both| {
         let (probability, dscore) = both.split_at_mut(block.rows * keys);
-        scores_of(probability, block, saved.q, saved.k, query, key, dim);
-        scores_of(dscore, block, dout, saved.v, query, key, dim);
+        scores_of(cpu, probability, block, saved.q, saved.k, query, key, dim);
+        scores_of(cpu, dscore, block, dout, saved.v, query, key, dim);
         let scale = cap_scores(probability, shape);
         for i in 0..block.rows {
             let row = block.first + i;
@@ -246,10 +257,10 @@ fn block_backward(
             }
         }
         let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
-        product(dq, keys, 1.0, Write::Overwrite, dscore_rows, key.rows(saved.k, block.key_first));
+        product(cpu.kernel, dq, keys, 1.0, Write::Overwrite, dscore_rows, key.rows(saved.k, block.key_first));
         let q = query.rows(saved.q, block.first);
-        product(&mut Output::of(dk, keys, dim), block.rows, 1.0, Write::Add, dscore_columns, q);
+        product(cpu.kernel, &mut Output::of(dk, keys, dim), block.rows, 1.0, Write::Add, dscore_columns, q);
         let (probability, dout) = (Operand::columns(probability, keys), query.rows(dout, block.first));
-        product(&mut Output::of(dv, keys, dim), block.rows, 1.0, Write::Add, probability, dout);
+        product(cpu.kernel, &mut Output::of(dv, keys, dim), block.rows, 1.0, Write::Add, probability, dout);
     });
 }

@@ -1,16 +1,15 @@
-//! One matrix product on one thread, and memory that several tasks write to in turn-free fashion. The only
-//! place that calls `gemm`. Knows strides, not meanings.
+//! One matrix product on one thread, and memory that several tasks write to in turn-free fashion. Knows
+//! strides, not meanings.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use gemm::Parallelism;
+use super::kernel::{Kernel, PANEL, Product};
+use super::{Write, panel, scratch};
 
-use super::Write;
-
-/// Depth of one call to `gemm`. Up to here `gemm` sums in one sweep whatever the machine's caches; beyond, its
-/// split depends on them, so the split is made here.
-const DEPTH: usize = 512;
+/// Depth of one sweep: a panel and the rows of a tile then fit the first-level cache. Always the same, so that a
+/// sum does not change where zeros follow (keys that a query does not see).
+pub(super) const SWEEP: usize = 288;
 
 /// A buffer whose disjoint parts are written by different tasks.
 #[derive(Clone, Copy)]
@@ -62,6 +61,14 @@ pub(super) struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
+    /// The columns `range` of the block.
+    pub(super) fn columns(&mut self, range: Range<usize>) -> Output<'_> {
+        assert!(range.start <= range.end && range.end <= self.cols, "BUG: columns beyond the block");
+        // SAFETY: within the block, which is borrowed for as long.
+        let pointer = unsafe { self.pointer.add(range.start) };
+        Output { pointer, cols: range.len(), ..*self }
+    }
+
     /// The first `rows * cols` values of `values`.
     pub(super) fn of(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
         let shared = Shared::new(values);
@@ -89,14 +96,37 @@ impl<'a> Operand<'a> {
         Self { values, row: 1, col: stride }
     }
 
+    /// Without its first `skipped` values.
+    pub(super) fn from(self, skipped: usize) -> Self {
+        Self { values: &self.values[skipped..], ..self }
+    }
+
     fn check(&self, rows: usize, cols: usize) {
         let last = (rows - 1) * self.row + (cols - 1) * self.col;
         assert!(last < self.values.len(), "BUG: operand of a product too short");
     }
 }
 
-/// c (m,n) = or += scale * a (m,k) · b (k,n). A depth of 0 gives zeros.
+/// A right factor in panels.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    values: &'a [f32],
+    /// Values from one step of the depth to the next.
+    step: usize,
+    /// Values from one panel to the next.
+    panel: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// As `panel::decode` and `panel::pack` leave them.
+    pub(super) fn packed(values: &'a [f32], depth: usize) -> Self {
+        Self { values, step: PANEL, panel: PANEL * depth }
+    }
+}
+
+/// c (m,n) = or += scale * a (m,k) · b (k,n).
 pub(super) fn product(
+    kernel: Kernel,
     c: &mut Output<'_>,
     depth: usize,
     scale: f32,
@@ -109,33 +139,52 @@ pub(super) fn product(
         return;
     }
     assert!(depth > 0, "BUG: product of depth 0");
-    a.check(rows, depth);
     b.check(depth, cols);
-    for start in (0..depth).step_by(DEPTH) {
-        let read = write == Write::Add || start > 0;
-        // SAFETY: `c` is exclusively held and in bounds by construction; both operands were checked above.
-        unsafe {
-            gemm::gemm(
-                rows,
-                cols,
-                DEPTH.min(depth - start),
-                c.pointer,
-                1,
-                c.stride as isize,
-                read,
-                a.values.as_ptr().add(start * a.col),
-                a.col as isize,
-                a.row as isize,
-                b.values.as_ptr().add(start * b.row),
-                b.col as isize,
-                b.row as isize,
-                1.0,
-                scale,
-                false,
-                false,
-                false,
-                Parallelism::None,
-            );
+    for start in (0..depth).step_by(SWEEP) {
+        let depth = SWEEP.min(depth - start);
+        let write = if start == 0 { write } else { Write::Add };
+        let (a, b) = (a.from(start * a.col), b.from(start * b.row));
+        if b.col == 1 && cols % PANEL == 0 {
+            let panels = Panels { values: b.values, step: b.row, panel: PANEL };
+            multiply(kernel, c, depth, scale, write, a, panels);
+        } else {
+            scratch::with(panel::size(cols, depth), |packed| {
+                panel::pack(kernel, b.values, (b.col, b.row), (cols, depth), packed);
+                multiply(kernel, c, depth, scale, write, a, Panels::packed(packed, depth));
+            });
         }
     }
+}
+
+/// c (m,n) = or += scale * a (m,k) · b (k,n) in one sweep.
+pub(super) fn multiply(
+    kernel: Kernel,
+    c: &mut Output<'_>,
+    depth: usize,
+    scale: f32,
+    write: Write,
+    a: Operand<'_>,
+    b: Panels<'_>,
+) {
+    let panels = c.cols.div_ceil(PANEL);
+    a.check(c.rows, depth);
+    let last = (panels - 1) * b.panel + (depth - 1) * b.step + PANEL - 1;
+    assert!(last < b.values.len(), "BUG: panels of a product too short");
+    let product = Product {
+        rows: c.rows,
+        cols: c.cols,
+        depth,
+        scale,
+        add: write == Write::Add,
+        a: a.values.as_ptr(),
+        a_row: a.row,
+        a_depth: a.col,
+        b: b.values.as_ptr(),
+        b_depth: b.step,
+        b_panel: b.panel,
+        c: c.pointer,
+        c_row: c.stride,
+    };
+    // SAFETY: `c` is exclusively held and in bounds by construction; both factors were checked above.
+    unsafe { kernel.multiply(&product) }
 }

@@ -138,16 +138,6 @@ vectorised! {
 }
 
 vectorised! {
-    /// y = the little-endian bfloat16 values of `bytes`, two bytes each.
-    fn widen_bf16(y: &mut [f32], bytes: &[u8]) {
-        let (pairs, _) = bytes.as_chunks::<2>();
-        for (y, pair) in y.iter_mut().zip(pairs) {
-            *y = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
-        }
-    }
-}
-
-vectorised! {
     /// y *= factor.
     fn scale(y: &mut [f32], factor: f32) {
         for y in y {

@@ -12,51 +12,62 @@ fn smollm2() -> ModelConfig {
     ModelConfig::from_json(text).unwrap()
 }
 
-fn threads() -> usize {
-    std::env::var("THREADS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
+fn setting(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
+fn model() -> Model {
+    random_model(&smollm2(), Stored::Nf4, &Compute { threads: setting("THREADS", 2), ..CPU })
+}
+
+/// Measures `work` over `tokens` tokens: wall time, and time on cores.
+fn measure(what: &str, tokens: usize, work: impl FnOnce()) {
+    let (start, busy) = (Instant::now(), cpu_seconds());
+    work();
+    let (seconds, busy) = (start.elapsed().as_secs_f64(), cpu_seconds() - busy);
+    let (rate, core_rate) = (tokens as f64 / seconds, tokens as f64 / busy);
+    println!("{what}: {rate:.1} tokens/s, {core_rate:.1} a core-second");
+}
+
+/// Forward and backward over 512 tokens in sequences of `ROW` (57) with every linear adapted, rank 16.
 #[test]
 #[ignore = "a measurement"]
 fn training_step() {
-    let model = random_model(&smollm2(), Stored::Nf4, &Compute { threads: threads(), ..CPU });
+    let model = model();
     let adapter = busy_adapter(&model, 16);
     let tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 20_000.0) as u32).collect();
-    let marks = [true; 128];
-    let pack = Pack::new(&tokens.chunks(128).map(|chunk| (chunk, &marks[..])).collect::<Vec<_>>());
+    let marks = [true; 512];
+    let rows = tokens.chunks(setting("ROW", 57)).map(|chunk| (chunk, &marks[..chunk.len()]));
+    let pack = Pack::new(&rows.collect::<Vec<_>>());
     let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
-    let steps = std::env::var("STEPS").ok().and_then(|text| text.parse().ok()).unwrap_or(4);
-    for step in 0..steps {
-        let (start, busy) = (Instant::now(), cpu_seconds());
-        let loss = model.loss_and_gradients(&adapter, &pack, 1e-3, &mut gradients, &mut workspace).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        let busy = cpu_seconds() - busy;
-        let (rate, core_rate) = (512.0 / seconds, 512.0 / busy);
-        println!(
-            "step {step}: {rate:.0} tokens/s, {core_rate:.0} a core-second, loss {:.4}",
-            loss.nll / 508.0
-        );
+    for step in 0..setting("STEPS", 4) {
+        measure(&format!("training step {step}"), 512, || {
+            model.loss_and_gradients(&adapter, &pack, 1e-3, &mut gradients, &mut workspace).unwrap();
+        });
     }
     println!("peak memory {}", peak_memory());
 }
 
+/// Prompts of 32 tokens, then `STEPS` (16) of one token each, for several numbers of sequences or `BATCH`.
 #[test]
 #[ignore = "a measurement"]
 fn decoding() {
-    let model = random_model(&smollm2(), Stored::Nf4, &Compute { threads: threads(), ..CPU });
+    let model = model();
+    let adapter = busy_adapter(&model, 16);
     let mut workspace = Workspace::default();
-    for batch in [1, 4, 16] {
-        let mut cache = model.new_cache(batch, 160);
-        let prompt: Vec<u32> = (0..128).collect();
-        let start = Instant::now();
-        model.extend(None, &mut cache, &vec![&prompt[..]; batch], &mut workspace).unwrap();
-        let prefill = (128 * batch) as f64 / start.elapsed().as_secs_f64();
-        let start = Instant::now();
-        for token in 0..16 {
-            model.extend(None, &mut cache, &vec![&[token][..]; batch], &mut workspace).unwrap();
+    let prompt: Vec<u32> = (0..32).collect();
+    for (name, adapter) in [("base", None), ("adapted", Some(&adapter))] {
+        for batch in [1, 4, 16, 64].into_iter().filter(|batch| [0, *batch].contains(&setting("BATCH", 0))) {
+            let mut cache = model.new_cache(batch, 32 + setting("STEPS", 16));
+            measure(&format!("{name}, batch {batch}: prefill"), 32 * batch, || {
+                model.extend(adapter, &mut cache, &vec![&prompt[..]; batch], &mut workspace).unwrap();
+            });
+            measure(&format!("{name}, batch {batch}: decode"), setting("STEPS", 16) * batch, || {
+                for token in 0..setting("STEPS", 16) as u32 {
+                    model.extend(adapter, &mut cache, &vec![&[token][..]; batch], &mut workspace).unwrap();
+                }
+            });
         }
-        let decode = (16 * batch) as f64 / start.elapsed().as_secs_f64();
-        println!("batch {batch}: prefill {prefill:.0} tokens/s, decode {decode:.0} tokens/s");
     }
 }
 

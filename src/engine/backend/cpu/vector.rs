@@ -1,0 +1,317 @@
+//! Eight f32 lanes, in plain Rust and as AVX2 registers: what kernels are written over, so that one body serves
+//! every instruction set. Knows arithmetic and loads; nothing of tiles, panels or encodings.
+
+/// Lanes of a [`Vector`].
+pub(super) const LANES: usize = 8;
+
+/// Sixteen values that 4-bit indices name.
+pub(super) trait Code {
+    const VALUES: [f32; 16];
+    /// Their first bytes, second bytes, third and fourth.
+    const PLANES: [[u8; 16]; 4] = {
+        let mut planes = [[0; 16]; 4];
+        let mut place = 0;
+        while place < 64 {
+            planes[place % 4][place / 4] = Self::VALUES[place / 4].to_le_bytes()[place % 4];
+            place += 1;
+        }
+        planes
+    };
+}
+
+/// Eight f32 values.
+///
+/// # Safety
+/// Every function may be called only where the CPU has the implementor's instructions; those that take a
+/// pointer need eight values (f32, or the encoded ones they name) there, at any alignment.
+pub(super) trait Vector: Copy {
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn mul(self, other: Self) -> Self;
+    /// self * factor + addend; fused where the instruction set fuses.
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// Little-endian f32.
+    unsafe fn load_f32(from: *const u8) -> Self;
+    /// Little-endian bfloat16.
+    unsafe fn load_bf16(from: *const u8) -> Self;
+    /// Little-endian IEEE half precision.
+    unsafe fn load_f16(from: *const u8) -> Self;
+    /// The values of `code` that eight 4-bit indices name, two a byte, the first in the high nibble.
+    unsafe fn load_codes(from: *const u8, code: &[f32; 16]) -> Self;
+    /// out (32,16) = the values of `C` that the 4-bit indices of sixteen rows name, transposed and each row
+    /// times its scale: 32 indices of row i start at `from + i * stride`, two a byte, the first in the high
+    /// nibble.
+    unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32);
+    /// Asks for the memory at `from`, which need not exist, to be brought near.
+    unsafe fn prefetch(from: *const u8);
+    /// Lane j of row i becomes lane i of row j.
+    unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES];
+}
+
+/// The lanes as an array: no instructions beyond the target's own.
+pub(super) type Portable = [f32; LANES];
+
+impl Vector for Portable {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: eight values are there, says the trait.
+        unsafe { from.cast::<Self>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: there is room for eight values, says the trait.
+        unsafe { to.cast::<Self>().write_unaligned(self) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        std::array::from_fn(|lane| self[lane] * other[lane])
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // Where fusing is no instruction it is a slow call.
+        let fuse = |lane: usize| match cfg!(target_arch = "aarch64") {
+            true => self[lane].mul_add(factor[lane], addend[lane]),
+            false => self[lane] * factor[lane] + addend[lane],
+        };
+        std::array::from_fn(fuse)
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(from: *const u8) -> Self {
+        // SAFETY: eight values are there, says the trait.
+        let bytes = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        bytes.map(f32::from_le_bytes)
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> Self {
+        // SAFETY: eight values are there, says the trait.
+        let bytes = unsafe { from.cast::<[[u8; 2]; LANES]>().read_unaligned() };
+        bytes.map(|bytes| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: eight values are there, says the trait.
+        let bytes = unsafe { from.cast::<[[u8; 2]; LANES]>().read_unaligned() };
+        bytes.map(|bytes| half::f16::from_le_bytes(bytes).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn load_codes(from: *const u8, code: &[f32; 16]) -> Self {
+        // SAFETY: eight codes are there, says the trait.
+        let bytes = unsafe { from.cast::<[u8; LANES / 2]>().read_unaligned() };
+        std::array::from_fn(|lane| code[usize::from(bytes[lane / 2] >> (4 * (1 - lane % 2)) & 15)])
+    }
+
+    #[inline(always)]
+    unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32) {
+        for (row, scale) in scales.iter().enumerate() {
+            for byte in 0..16 {
+                // SAFETY: as the trait says.
+                unsafe {
+                    let both = *from.add(row * stride + byte);
+                    *out.add(2 * byte * 16 + row) = C::VALUES[usize::from(both >> 4)] * scale;
+                    *out.add((2 * byte + 1) * 16 + row) = C::VALUES[usize::from(both & 15)] * scale;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|lane| std::array::from_fn(|row| rows[row][lane]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    //! AVX2, FMA and F16C.
+
+    use std::arch::x86_64::*;
+
+    use super::{Code, LANES, Vector};
+
+    /// One register.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Avx2(__m256);
+
+    /// Each is one instruction or a fixed handful; see [`Vector`] for who may call.
+    impl Vector for Avx2 {
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            // SAFETY: the CPU has AVX2, says the trait.
+            Self(unsafe { _mm256_set1_ps(value) })
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: as the trait says.
+            Self(unsafe { _mm256_loadu_ps(from) })
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as the trait says.
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            // SAFETY: as the trait says.
+            Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+            // SAFETY: as the trait says.
+            Self(unsafe { _mm256_fmadd_ps(self.0, factor.0, addend.0) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_f32(from: *const u8) -> Self {
+            // SAFETY: as the trait says; x86 is little-endian.
+            Self(unsafe { _mm256_loadu_ps(from.cast()) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u8) -> Self {
+            // SAFETY: as the trait says.
+            unsafe {
+                let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u8) -> Self {
+            // SAFETY: as the trait says.
+            Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) })
+        }
+
+        #[inline(always)]
+        unsafe fn load_codes(from: *const u8, code: &[f32; 16]) -> Self {
+            // SAFETY: as the trait says: four bytes; a permutation looks at three bits of each index only, and
+            // the fourth, moved to the sign's place, chooses between the two halves of the code.
+            unsafe {
+                let (low, high) = (_mm256_loadu_ps(code.as_ptr()), _mm256_loadu_ps(code.as_ptr().add(8)));
+                let bytes = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                let indices = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(indices));
+                let low = _mm256_permutevar8x32_ps(low, indices);
+                let high = _mm256_permutevar8x32_ps(high, indices);
+                Self(_mm256_blendv_ps(low, high, upper))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn codes_transposed<C: Code>(
+            from: *const u8,
+            stride: usize,
+            scales: &[f32; 16],
+            out: *mut f32,
+        ) {
+            // SAFETY: as the trait says. Indices are transposed while they are bytes; the four bytes of each
+            // value are then looked up one by one, which no permutation of whole values does as fast, and put
+            // together by interleaving.
+            unsafe {
+                let plane = |index: usize| {
+                    _mm256_broadcastsi128_si256(_mm_loadu_si128(C::PLANES[index].as_ptr().cast()))
+                };
+                let planes = [plane(0), plane(1), plane(2), plane(3)];
+                let scales = [_mm256_loadu_ps(scales.as_ptr()), _mm256_loadu_ps(scales.as_ptr().add(8))];
+                // In an order that leaves each half of a register the rows it ends with.
+                const ORDER: [usize; 16] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15];
+                let mut bytes = [_mm_setzero_si128(); 16];
+                for row in 0..16 {
+                    bytes[row] = _mm_loadu_si128(from.add(ORDER[row] * stride).cast());
+                }
+                // Rows i and i + 8 side by side, four times over, is a transposition.
+                for _ in 0..4 {
+                    let rows = bytes;
+                    for row in 0..8 {
+                        bytes[2 * row] = _mm_unpacklo_epi8(rows[row], rows[row + 8]);
+                        bytes[2 * row + 1] = _mm_unpackhi_epi8(rows[row], rows[row + 8]);
+                    }
+                }
+                let low = _mm_set1_epi8(15);
+                for byte in 0..16 {
+                    let first = _mm_and_si128(_mm_srli_epi16::<4>(bytes[byte]), low);
+                    let second = _mm_and_si128(bytes[byte], low);
+                    // Of both steps, rows 0-3 and 8-11, and rows 4-7 and 12-15.
+                    let indices = _mm256_set_m128i(
+                        _mm_unpackhi_epi64(first, second),
+                        _mm_unpacklo_epi64(first, second),
+                    );
+                    let mut parts = [_mm256_setzero_si256(); 4];
+                    for plane in 0..4 {
+                        parts[plane] = _mm256_shuffle_epi8(planes[plane], indices);
+                    }
+                    let low =
+                        [_mm256_unpacklo_epi8(parts[0], parts[1]), _mm256_unpackhi_epi8(parts[0], parts[1])];
+                    let high =
+                        [_mm256_unpacklo_epi8(parts[2], parts[3]), _mm256_unpackhi_epi8(parts[2], parts[3])];
+                    for step in 0..2 {
+                        let values = [
+                            _mm256_unpacklo_epi16(low[step], high[step]),
+                            _mm256_unpackhi_epi16(low[step], high[step]),
+                        ];
+                        for half in 0..2 {
+                            let value = _mm256_mul_ps(_mm256_castsi256_ps(values[half]), scales[half]);
+                            _mm256_storeu_ps(out.add((2 * byte + step) * 16 + half * 8), value);
+                        }
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(from: *const u8) {
+            // SAFETY: a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+            // SAFETY: as the trait says. Pairs, then fours within each half of a register, then the halves.
+            unsafe {
+                let [Self(a), Self(b), Self(c), Self(d), Self(e), Self(f), Self(g), Self(h)] = rows;
+                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+                let (ef, gh) = (_mm256_unpacklo_ps(e, f), _mm256_unpacklo_ps(g, h));
+                let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+                let (ef_high, gh_high) = (_mm256_unpackhi_ps(e, f), _mm256_unpackhi_ps(g, h));
+                let (ad_0, ad_1) = (_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xEE>(ab, cd));
+                let (eh_0, eh_1) = (_mm256_shuffle_ps::<0x44>(ef, gh), _mm256_shuffle_ps::<0xEE>(ef, gh));
+                let ad_2 = _mm256_shuffle_ps::<0x44>(ab_high, cd_high);
+                let ad_3 = _mm256_shuffle_ps::<0xEE>(ab_high, cd_high);
+                let eh_2 = _mm256_shuffle_ps::<0x44>(ef_high, gh_high);
+                let eh_3 = _mm256_shuffle_ps::<0xEE>(ef_high, gh_high);
+                [
+                    Self(_mm256_permute2f128_ps::<0x20>(ad_0, eh_0)),
+                    Self(_mm256_permute2f128_ps::<0x20>(ad_1, eh_1)),
+                    Self(_mm256_permute2f128_ps::<0x20>(ad_2, eh_2)),
+                    Self(_mm256_permute2f128_ps::<0x20>(ad_3, eh_3)),
+                    Self(_mm256_permute2f128_ps::<0x31>(ad_0, eh_0)),
+                    Self(_mm256_permute2f128_ps::<0x31>(ad_1, eh_1)),
+                    Self(_mm256_permute2f128_ps::<0x31>(ad_2, eh_2)),
+                    Self(_mm256_permute2f128_ps::<0x31>(ad_3, eh_3)),
+                ]
+            }
+        }
+    }
+}
