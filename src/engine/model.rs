@@ -8,6 +8,7 @@
 //! ```
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
@@ -21,16 +22,19 @@ mod cache;
 pub mod config;
 mod decoder;
 mod llama;
+mod noise;
 mod pack;
 mod workspace;
 
 pub use cache::KvCache;
 pub use config::{ModelConfig, Rope, RopeScaling};
+pub use noise::Noise;
 pub use pack::{Pack, PackLoss, SequenceLoss};
 pub use workspace::Workspace;
 
 use blocks::Pass;
 use decoder::{Decoder, Keep};
+use noise::RowNoise;
 
 /// Why a model cannot be opened or a pass cannot be computed.
 #[derive(Debug, Error)]
@@ -90,7 +94,11 @@ pub struct Model {
     config: ModelConfig,
     decoder: Decoder,
     backend: Box<dyn Backend>,
+    /// Unlike that of any other model of this process.
+    number: u64,
 }
+
+static MODELS: AtomicU64 = AtomicU64::new(0);
 
 impl Model {
     /// Opens a checkpoint (a folder or a file of any supported format).
@@ -124,7 +132,8 @@ impl Model {
             return Err(ModelError::UnknownFamily { model_type: config.model_type, known: FAMILY_NAMES });
         };
         let decoder = build(&config, tensors)?;
-        Ok(Self { config, decoder, backend: device.backend() })
+        let number = MODELS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { config, decoder, backend: device.backend(), number })
     }
 
     /// The model's description.
@@ -151,8 +160,14 @@ impl Model {
             .collect()
     }
 
+    /// ‖W + scale·B·A‖ of each row of linear layer `index` with the pair of `adapter`.
+    pub(crate) fn row_norms(&self, adapter: &Adapter, index: usize) -> Vec<f32> {
+        let linear = self.decoder.linears().nth(index).expect("BUG: the adapter is of another model");
+        self.inside(|| linear.row_norms(&*self.backend, adapter))
+    }
+
     /// Forward and backward over one pack: adds to `gradients` the gradient of `scale` * sum of the negative
-    /// log-likelihoods of the supervised targets.
+    /// log-likelihoods of the supervised targets. The pack's noise applies here and in no other pass.
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] names the first bad activation or gradient; the gradients are then useless.
@@ -175,7 +190,8 @@ impl Model {
         let losses = self.inside(|| {
             let (positions, spans) = pack.layout();
             workspace.rope.prepare(&self.decoder.rope, &positions);
-            let pass = self.pass(Some(adapter), &positions, &spans);
+            let mut pass = self.pass(Some(adapter), &positions, &spans);
+            pass.noise = pack.noise.as_ref().map(|noise| RowNoise::new(noise, &pack.starts));
             self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
             let losses = self.decoder.loss(&pass, pack, &rows, Some(scale), workspace)?;
             self.decoder.backward(&pass, gradients, workspace)?;
@@ -298,7 +314,7 @@ impl Model {
         positions: &'a [usize],
         spans: &'a [Span],
     ) -> Pass<'a> {
-        Pass { backend: &*self.backend, adapter, positions, spans }
+        Pass { backend: &*self.backend, adapter, positions, spans, noise: None, model: self.number }
     }
 
     fn check(&self, adapter: Option<&Adapter>, tokens: &[u32]) -> Result<(), ModelError> {

@@ -62,6 +62,9 @@ impl Decoder {
     ) -> Result<(), ModelError> {
         let Workspace { rope, layers, stream, scratch, .. } = workspace;
         pass.backend.embed(sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
+        if let Some(noise) = &pass.noise {
+            noise.add_to_embeddings(stream);
+        }
         check_finite(stream, || "model.embed_tokens".to_owned())?;
         let kept = if keep == Keep::All { self.layers.len() } else { 1 };
         layers.resize_with(layers.len().max(kept), LayerActivations::default);

@@ -218,7 +218,7 @@ mod tests {
     }
 
     fn lora() -> LoraConfig {
-        LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 1 }
+        LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 1, ..LoraConfig::default() }
     }
 
     fn report(asked: usize, endless: usize, spoke: usize) -> ProbeReport {

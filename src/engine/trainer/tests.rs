@@ -24,7 +24,7 @@ fn model(threads: usize) -> Model {
 static MODEL: LazyLock<Model> = LazyLock::new(|| model(1));
 
 fn lora() -> LoraConfig {
-    LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 3 }
+    LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 3, ..LoraConfig::default() }
 }
 
 /// Rows of random tokens, 6 to 20 long; about the later half is supervised.

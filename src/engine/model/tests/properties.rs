@@ -148,8 +148,8 @@ fn partial_adapter_has_the_gradients_it_has_in_the_whole() {
             rank: 3,
             alpha: 8.0,
             targets: Targets::Regex(targets.into()),
-            rslora: false,
             seed: 3,
+            ..LoraConfig::default()
         };
         let mut part = Adapter::new(&model, &config).unwrap();
         for (index, (_, values)) in part.parameters_mut().enumerate() {
