@@ -193,8 +193,12 @@ impl Adapter {
 
     /// An adapter of zeros at the `chosen` linear layers.
     fn zeros(linears: Vec<LinearName>, chosen: &[bool], shape: Shape) -> Result<Self, AdapterError> {
-        let adapted: Vec<&str> =
-            linears.iter().zip(chosen).filter(|(_, chosen)| **chosen).map(|((name, ..), _)| &**name).collect();
+        let adapted: Vec<&str> = linears
+            .iter()
+            .zip(chosen)
+            .filter(|(_, chosen)| **chosen)
+            .map(|((name, ..), _)| &**name)
+            .collect();
         let ranks = targets::by_pattern("rank_pattern", &shape.rank_pattern, &adapted)?;
         let alphas = targets::by_pattern("alpha_pattern", &shape.alpha_pattern, &adapted)?;
         let (mut slots, mut modules) = (vec![None; linears.len()], Vec::new());
@@ -374,3 +378,6 @@ impl Gradients {
         self.modules[self.slots[index]?].magnitude.as_deref_mut()
     }
 }
+
+#[cfg(test)]
+mod tests;

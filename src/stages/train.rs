@@ -16,12 +16,12 @@ use tunesmith_engine::tokenizer::{Message as Turn, Tokenizer};
 use tunesmith_engine::trainer::{
     self, EvalRecord, ProbeReport, StepRecord, TokenizedExample, TrainError, TrainHooks, TrainReport, Trained,
 };
-use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, StageContext, StageError, StageKind};
+use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, ParamProblem, StageContext, StageError, StageKind};
 
 use crate::corpus::{Example, Message, read_table};
 use params::Params;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Rows named in one error message.
 const ROWS_NAMED_MAX: usize = 5;
 
@@ -65,6 +65,10 @@ impl StageKind for Train {
 
     fn schema(&self) -> schemars::Schema {
         schemars::schema_for!(Params)
+    }
+
+    fn check(&self, with: &serde_json::Value) -> Vec<ParamProblem> {
+        params::check(with)
     }
 
     fn numerics(&self, _with: &serde_json::Value) -> Option<String> {
@@ -171,9 +175,10 @@ struct Hooks<'a, 'b> {
 impl TrainHooks for Hooks<'_, '_> {
     fn step(&mut self, record: &StepRecord, total: usize) {
         let detail = format!(
-            "loss {:.3}, {:.0} tokens/s",
+            "loss {:.3}, {:.0} tokens/s, {:.2} s a step",
             record.loss,
-            record.tokens as f64 / record.seconds.max(1e-9)
+            record.tokens as f64 / record.seconds.max(1e-9),
+            record.seconds
         );
         self.context.services.progress(record.step as u64, total as u64, "steps", &detail);
     }

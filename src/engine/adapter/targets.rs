@@ -161,14 +161,21 @@ mod tests {
 
     #[test]
     fn patterns_match_as_peft_matches() {
-        let names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"];
+        let names = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.up_proj",
+        ];
         let found = |keys: &[(&str, usize)]| {
             let values = keys.iter().map(|(key, value)| ((*key).to_owned(), *value)).collect();
             by_pattern("rank_pattern", &values, &names).map_err(|error| error.to_string())
         };
         assert_eq!(found(&[("q_proj", 2)]), Ok(vec![Some(2), Some(2), None]));
         assert_eq!(found(&[(r"layers\.1\..*", 3)]), Ok(vec![None, Some(3), Some(3)]));
-        assert_eq!(found(&[("model.layers.0.self_attn.q_proj", 4), ("q_proj", 2)]), Ok(vec![Some(4), Some(2), None]));
+        assert_eq!(
+            found(&[("model.layers.0.self_attn.q_proj", 4), ("q_proj", 2)]),
+            Ok(vec![Some(4), Some(2), None])
+        );
         assert_eq!(
             found(&[("k_proj", 2)]).unwrap_err(),
             "`rank_pattern` names `k_proj`, which matches no adapted layer; adapted: q_proj, up_proj"

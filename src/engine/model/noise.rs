@@ -161,7 +161,10 @@ mod tests {
         alone.add_to_embeddings(&mut part);
         assert_eq!(y[24..], part);
         let bound = 5.0 / 30f32.sqrt();
-        assert!(part.iter().all(|value| value.abs() <= bound) && part.iter().any(|value| value.abs() > bound / 2.0));
+        assert!(
+            part.iter().all(|value| value.abs() <= bound)
+                && part.iter().any(|value| value.abs() > bound / 2.0)
+        );
     }
 
     #[test]

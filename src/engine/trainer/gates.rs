@@ -27,11 +27,20 @@ pub struct Gates {
     pub gap: f64,
     /// Stop after this many evaluations without a new lowest loss; none to go on.
     pub patience: Option<usize>,
+    /// How much lower than the lowest so far a loss must be for patience to start anew.
+    pub min_delta: f64,
 }
 
 impl Default for Gates {
     fn default() -> Self {
-        Self { loss_floor: 0.05, rising_evals: 2, overfit: Severity::Error, gap: 1.0, patience: None }
+        Self {
+            loss_floor: 0.05,
+            rising_evals: 2,
+            overfit: Severity::Error,
+            gap: 1.0,
+            patience: None,
+            min_delta: 0.0,
+        }
     }
 }
 
@@ -44,8 +53,14 @@ impl Gates {
 
     /// True if the run has gone `patience` evaluations without a new lowest loss.
     pub fn out_of_patience(&self, evals: &[EvalRecord]) -> bool {
-        let since_best = best(evals).map_or(0, |best| evals.len() - 1 - best);
-        self.patience.is_some_and(|patience| since_best >= patience.max(1))
+        let (mut lowest, mut since) = (f64::INFINITY, 0);
+        for eval in evals {
+            since = if eval.loss < lowest - self.min_delta { 0 } else { since + 1 };
+            if since == 0 {
+                lowest = eval.loss;
+            }
+        }
+        self.patience.is_some_and(|patience| since >= patience.max(1))
     }
 
     /// Validation loss minus training loss of the last evaluation, if that is too far.
@@ -89,6 +104,15 @@ mod tests {
         assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6)])));
         assert!(gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6), (1.0, 1.5)])));
         assert!(!Gates::default().out_of_patience(&evals(&[(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)])));
+    }
+
+    #[test]
+    fn small_gains_do_not_restore_patience() {
+        let gates = Gates { patience: Some(2), min_delta: 0.1, ..Gates::default() };
+        assert!(gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.95), (1.0, 1.92)])));
+        // Small gains add up: both together are one.
+        assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.95), (1.0, 1.85)])));
+        assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 2.5), (1.0, 1.85), (1.0, 1.8)])));
     }
 
     #[test]

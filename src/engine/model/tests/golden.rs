@@ -63,7 +63,14 @@ fn quantized_model(device: &Compute) -> Model {
 
 /// PEFT's adapter before its first step.
 fn adapter(model: &Model, rslora: bool) -> Adapter {
-    let config = LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora, seed: 0, ..LoraConfig::default() };
+    let config = LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        targets: Targets::AllLinear,
+        rslora,
+        seed: 0,
+        ..LoraConfig::default()
+    };
     let mut adapter = Adapter::new(model, &config).unwrap();
     let golden = Golden::open("lora.safetensors");
     for (name, values) in adapter.parameters_mut() {
