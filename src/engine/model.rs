@@ -160,6 +160,24 @@ impl Model {
             .collect()
     }
 
+    /// Bytes of all weight matrices, and those of them that are pages of a file, read when first touched.
+    pub(crate) fn weight_bytes(&self) -> (u64, u64) {
+        let head = (!self.config.tie_word_embeddings).then_some(&self.decoder.head);
+        let linears = self.decoder.linears().map(|linear| &linear.weight);
+        let all = linears.chain([&self.decoder.embedding]).chain(head);
+        all.fold((0, 0), |(size, mapped), matrix| {
+            (size + matrix.size_bytes() as u64, mapped + matrix.mapped_bytes() as u64)
+        })
+    }
+
+    /// Threads that compute.
+    pub(crate) fn threads(&self) -> usize {
+        match self.backend.kind() {
+            BackendKind::Reference => 1,
+            _ => self.inside(rayon::current_num_threads),
+        }
+    }
+
     /// ‖W + scale·B·A‖ of each row of linear layer `index` with the pair of `adapter`.
     pub(crate) fn row_norms(&self, adapter: &Adapter, index: usize) -> Vec<f32> {
         let linear = self.decoder.linears().nth(index).expect("BUG: the adapter is of another model");

@@ -24,6 +24,7 @@ mod evaluate;
 mod events;
 mod examples;
 mod gates;
+mod memory;
 mod options;
 mod probes;
 mod resume;
@@ -32,9 +33,10 @@ mod schedule;
 pub use batches::{Batch, Order};
 pub use checkpoint::CheckpointFolder;
 pub use evaluate::Evaluation;
-pub use events::{EvalRecord, StepRecord, TrainHooks, TrainReport};
+pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport};
 pub use examples::{PrepareProblem, PrepareReason, TokenizedExample, prepare};
 pub use gates::{Gates, Severity};
+pub use memory::{MemoryPlan, readable};
 pub use options::{Keep, RowReason, TrainError, TrainOptions};
 pub use probes::{ProbeError, ProbeOptions, ProbeReport, probe};
 pub use schedule::{Decay, Schedule};
@@ -68,6 +70,7 @@ pub fn train(
     }
     check_rows(model, train, options.pack_tokens)?;
     let mut run = Run::new(model, train, validation, options)?;
+    hooks.planned(&run.outlook);
     run.resume(hooks)?;
     while !run.is_over() {
         if hooks.cancelled() {
@@ -101,6 +104,7 @@ struct Run<'a> {
     options: &'a TrainOptions,
     plan: Plan,
     schedule: Schedule,
+    outlook: RunPlan,
     adapter: Adapter,
     gradients: Gradients,
     workspace: Workspace,
@@ -129,6 +133,19 @@ impl<'a> Run<'a> {
         let validation_packs = Evaluation::new(model, validation, options.pack_tokens)?;
         let gradients = Gradients::new(&adapter);
         let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
+        let longest = |rows: &[TokenizedExample]| rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
+        let pass_tokens = plan.largest_pass(options.pack_tokens).max(longest(validation));
+        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), pass_tokens, options)?;
+        let mut workspace = Workspace::default();
+        workspace.recompute_layers(memory.recomputed_layers);
+        let outlook = RunPlan {
+            steps: plan.total_steps(),
+            adapted_layers: adapter.modules().len(),
+            linear_layers: model.linear_names().len(),
+            adapted_percent: adapter.adapted_percent(),
+            trainable_parameters: adapter.parameter_count(),
+            memory,
+        };
         Ok(Self {
             model,
             train,
@@ -137,9 +154,10 @@ impl<'a> Run<'a> {
             options,
             plan,
             schedule,
+            outlook,
             adapter,
             gradients,
-            workspace: Workspace::default(),
+            workspace,
             optimizer,
             step: 0,
             losses: Vec::new(),
@@ -334,6 +352,7 @@ impl<'a> Run<'a> {
             supervised_tokens: self.losses.iter().map(|step| step.supervised_tokens as u64).sum(),
             tokens_per_second: tokens as f64 / step_seconds.max(1e-9),
             peak_rss_bytes: peak_rss_bytes(),
+            plan: self.outlook,
             adapted_percent: self.adapter.adapted_percent(),
             trainable_parameters: self.adapter.parameter_count(),
             seconds: step_seconds + self.evals.iter().map(|eval| eval.seconds).sum::<f64>(),

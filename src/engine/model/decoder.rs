@@ -60,7 +60,7 @@ impl Decoder {
         keep: Keep,
         mut cache: Option<(&mut KvCache, &[usize])>,
     ) -> Result<(), ModelError> {
-        let Workspace { rope, layers, stream, scratch, .. } = workspace;
+        let Workspace { rope, layers, stream, scratch, recomputed, spare, .. } = workspace;
         pass.backend.embed(sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
         if let Some(noise) = &pass.noise {
             noise.add_to_embeddings(stream);
@@ -71,8 +71,15 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let saved = &mut layers[if keep == Keep::All { index } else { 0 }];
             let cache = cache.as_mut().map(|(cache, rows)| (&mut cache.layers[index], *rows));
+            let passes_on = keep == Keep::All && index < *recomputed;
+            if passes_on {
+                saved.swap_all_but_input(spare);
+            }
             layer.forward(pass, stream, scratch, &rope.table, saved, cache);
             check_finite(stream, || layer.first_not_finite(saved))?;
+            if passes_on {
+                saved.swap_all_but_input(spare);
+            }
         }
         Ok(())
     }
@@ -116,11 +123,20 @@ impl Decoder {
         gradients: &mut Gradients,
         workspace: &mut Workspace,
     ) -> Result<(), ModelError> {
-        let Workspace { rope, layers, dstream, scratch, .. } = workspace;
+        let Workspace { rope, layers, stream, dstream, scratch, recomputed, spare, .. } = workspace;
         let lowest = self.layers.iter().position(|layer| layer.is_adapted(pass)).unwrap_or(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let below = if index == lowest { Below::Frozen } else { Below::Adapted };
-            layer.backward(pass, gradients, dstream, scratch, &rope.table, &mut layers[index], below);
+            let saved = &mut layers[index];
+            if index < *recomputed {
+                saved.swap_all_but_input(spare);
+                stream.copy_from_slice(&saved.input);
+                layer.forward(pass, stream, scratch, &rope.table, saved, None);
+            }
+            layer.backward(pass, gradients, dstream, scratch, &rope.table, saved, below);
+            if index < *recomputed {
+                saved.swap_all_but_input(spare);
+            }
             check_finite(dstream, || format!("gradient below model.layers.{index}"))?;
         }
         Ok(())

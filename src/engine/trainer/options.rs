@@ -10,6 +10,7 @@ use crate::optimizer::AdamWOptions;
 use super::batches::{Batch, Order};
 use super::checkpoint::CheckpointFolder;
 use super::gates::Gates;
+use super::memory::readable;
 use super::schedule::Decay;
 
 /// A training run.
@@ -49,6 +50,9 @@ pub struct TrainOptions {
     pub eval_every: usize,
     /// Which adapter is the result.
     pub keep: Keep,
+    /// Most memory the run may take, in bytes: layers are computed twice instead of kept as far as that needs.
+    /// Changes no result.
+    pub memory_budget: Option<u64>,
     /// Checks on the losses.
     pub gates: Gates,
     /// Where the run's state is kept; none to start anew whenever it is interrupted.
@@ -86,6 +90,7 @@ impl TrainOptions {
             seed: 0,
             eval_every: 0,
             keep: Keep::Last,
+            memory_budget: None,
             gates: Gates::default(),
             checkpoints: None,
         }
@@ -159,6 +164,12 @@ pub enum TrainError {
          more varied rows"
     )]
     Overfit { step: usize, train_loss: f64, eval_loss: f64, lowest: f64, lowest_step: usize },
+    /// The run does not fit the memory budget.
+    #[error(
+        "the run needs {} of memory with every layer computed twice, and `memory_budget` is {}; passes have up to \
+         {pass_tokens} tokens: lower `pack_tokens` and `max_length`", readable(*.needed), readable(*.budget)
+    )]
+    Memory { needed: u64, budget: u64, pass_tokens: usize },
     /// The caller asked to stop.
     #[error("training stopped after step {step} because it was asked to")]
     Cancelled { step: usize },
@@ -186,6 +197,7 @@ impl TrainError {
             Self::Row { .. } => "row",
             Self::NotFinite { .. } => "not_finite",
             Self::Overfit { .. } => "overfit",
+            Self::Memory { .. } => "memory",
             Self::Cancelled { .. } => "cancelled",
             Self::Checkpoint { .. } => "checkpoint",
             Self::Adapter(_) => "adapter",

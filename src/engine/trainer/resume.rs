@@ -64,7 +64,7 @@ impl Run<'_> {
         let mut parts = Parts(blake3::Hasher::new());
         parts.add(b"training 2");
         // `Debug` of a float is its shortest text that reads back as the same bits.
-        let options = TrainOptions { checkpoints: None, ..self.options.clone() };
+        let options = TrainOptions { checkpoints: None, memory_budget: None, ..self.options.clone() };
         parts.add(format!("{options:?}").as_bytes());
         let base = self.options.checkpoints.as_ref().map_or("", |folder| folder.identity.as_str());
         parts.add(base.as_bytes());

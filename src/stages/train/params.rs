@@ -12,6 +12,8 @@ use tunesmith_engine::trainer::{
 };
 use tunesmith_pipeline::stage::ParamProblem;
 
+use super::mlflow::Tracking;
+
 /// Parameters of `train`. Names follow PEFT and the Hugging Face trainer where they have one.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -109,6 +111,14 @@ pub(super) struct Params {
     /// Which adapter is the result.
     #[serde(default)]
     keep: KeepParam,
+    /// Most memory of the run in MiB: as many layers as that needs are computed twice instead of kept. Changes no result, only time.
+    #[schemars(range(min = 1))]
+    memory_budget_mib: Option<u64>,
+    /// Write the curves as a TensorBoard event file too, in `tensorboard/`.
+    #[serde(default)]
+    pub(super) tensorboard: bool,
+    /// Tell an MLflow server of the finished run: its parameters, losses and learning rates, never its rows. Without this nothing leaves the machine.
+    pub(super) mlflow: Option<Tracking>,
     /// Stop after so many evaluations without a lower validation loss.
     #[schemars(range(min = 1))]
     patience: Option<usize>,
@@ -342,6 +352,7 @@ impl Params {
                 KeepParam::Last => Keep::Last,
                 KeepParam::Best => Keep::Best,
             },
+            memory_budget: self.memory_budget_mib.map(|mebibytes| mebibytes << 20),
             gates: Gates {
                 overfit: self.overfit.into(),
                 patience: self.patience,
@@ -355,5 +366,49 @@ impl Params {
             }),
             ..TrainOptions::new(lora)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn options(with: Value) -> TrainOptions {
+        let params: Params = serde_json::from_value(with).unwrap();
+        params.options(std::path::Path::new("checkpoints"), "base".into())
+    }
+
+    #[test]
+    fn every_training_option_is_reachable_from_the_manifest() {
+        let options = options(json!({
+            "rank": 8, "rank_pattern": { "q_proj": 4 }, "alpha_pattern": { "v_proj": 3.5 }, "dora": true,
+            "dropout": 0.1, "neftune_alpha": 5, "loraplus_ratio": 16, "optimizer_state": "8bit",
+            "batch_tokens": 2000, "order": "by_length", "schedule": "wsd", "decay_ratio": 0.3,
+            "patience": 3, "min_delta": 0.01, "memory_budget_mib": 2048, "targets": ["q_proj", "v_proj"],
+        }));
+        assert_eq!(options.lora.rank_pattern["q_proj"], 4);
+        assert_eq!(options.lora.alpha_pattern["v_proj"], 3.5);
+        assert!(options.lora.dora && options.lora.dropout == 0.1 && options.neftune_alpha == 5.0);
+        assert_eq!((options.loraplus_ratio, options.decay_ratio), (16.0, 0.3));
+        assert_eq!(options.adamw.state, MomentFormat::Blockwise8);
+        assert_eq!((options.batch, options.order), (Batch::Tokens(2000), Order::ByLength));
+        assert_eq!(options.decay, Decay::Wsd);
+        assert_eq!((options.gates.patience, options.gates.min_delta), (Some(3), 0.01));
+        assert_eq!(options.memory_budget, Some(2 << 30));
+        assert_eq!(options.lora.targets, Targets::Names(vec!["q_proj".into(), "v_proj".into()]));
+    }
+
+    #[test]
+    fn options_without_effect_or_against_each_other_are_refused() {
+        let refused =
+            |with: Value| check(&with).iter().map(|problem| problem.path.clone()).collect::<Vec<_>>();
+        assert_eq!(refused(json!({ "batch_examples": 4, "batch_tokens": 100 })), ["batch_tokens"]);
+        assert_eq!(refused(json!({ "decay_ratio": 0.1 })), ["decay_ratio"]);
+        assert_eq!(refused(json!({ "min_delta": 0.1 })), ["min_delta"]);
+        assert!(
+            refused(json!({ "decay_ratio": 0.1, "schedule": "wsd", "min_delta": 0.1, "patience": 2 }))
+                .is_empty()
+        );
     }
 }
