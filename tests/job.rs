@@ -373,7 +373,7 @@ const OPTIONS: &str = "stop_probe: warn
 #[test]
 fn every_training_option_works_in_a_manifest_and_repeats() {
     let project = project();
-    let manifest = MANIFEST.replace("batch_examples: 4\n", "").replace("stop_probe: warn\n", OPTIONS);
+    let manifest = MANIFEST.replace("      batch_examples: 4\n", "").replace("stop_probe: warn\n", OPTIONS);
     project.write("job.yaml", manifest);
     let report = project.json(&RUN);
     assert_eq!(report["ok"], true, "{report}");

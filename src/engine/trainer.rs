@@ -133,9 +133,9 @@ impl<'a> Run<'a> {
         let validation_packs = Evaluation::new(model, validation, options.pack_tokens)?;
         let gradients = Gradients::new(&adapter);
         let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
-        let longest = |rows: &[TokenizedExample]| rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
-        let pass_tokens = plan.largest_pass(options.pack_tokens).max(longest(validation));
-        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), pass_tokens, options)?;
+        let watched: usize = validation.iter().map(|row| row.tokens.len()).sum();
+        let passes = (plan.largest_pass(options.pack_tokens), watched.min(options.pack_tokens));
+        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), passes, options)?;
         let mut workspace = Workspace::default();
         workspace.recompute_layers(memory.recomputed_layers);
         let outlook = RunPlan {
@@ -338,6 +338,9 @@ impl<'a> Run<'a> {
                 step: self.step,
                 rows: Vec::new(),
             });
+        }
+        if let Some(text) = gates::unmoved(&self.adapter, &self.losses) {
+            self.warn(hooks, text);
         }
         let tokens: u64 = self.losses.iter().map(|step| step.tokens as u64).sum();
         let step_seconds: f64 = self.losses.iter().map(|step| step.seconds).sum();

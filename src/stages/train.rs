@@ -91,7 +91,14 @@ impl StageKind for Train {
         let validation = prepare(&tokenizer, &data.file("validation.jsonl")?, params.max_length())?;
         let supervised: usize = train.iter().map(TokenizedExample::supervised_tokens).sum();
         let tokens: usize = train.iter().map(|row| row.tokens.len()).sum();
-        context.info(&format!("{} rows, {tokens} tokens, {supervised} of them supervised", train.len()));
+        let least = train.iter().min_by_key(|row| row.supervised_tokens());
+        let least = least.map(|row| (row.supervised_tokens(), row.id.as_str())).unwrap_or_default();
+        context.info(&format!(
+            "{} rows, {tokens} tokens, {supervised} of them supervised, at least {} in a row (`{}`)",
+            train.len(),
+            least.0,
+            least.1
+        ));
         let model = open_model(&base.folder, context.threads)?;
         tokenizer
             .check_fits(model.config())
@@ -281,6 +288,7 @@ fn write(context: &StageContext<'_>, trained: &Trained, probes: &ProbeReport) ->
         "trainable_parameters": report.trainable_parameters,
         "adapted_percent": report.adapted_percent,
         "supervised_tokens": report.supervised_tokens,
+        "adapted_layers": format!("{} of {}", report.plan.adapted_layers, report.plan.linear_layers),
         "tokens": report.tokens,
         "kept_step": report.kept_step,
         "canary_logit_delta": probes.canary_logit_delta,

@@ -1,6 +1,7 @@
 //! AdamW's two moments of one tensor, in f32 or in 8-bit codes: bitsandbytes' block-wise state, 256 values to a
-//! scale, the signed dynamic map for the first moment and the unsigned one for the second. Knows how a block is
-//! updated; which tensors get codes, and the step's scalars, are the optimizer's.
+//! scale, the signed dynamic map for the first moment and the unsigned one for the second. Codes are the nearest, as
+//! in its PyTorch form (its CUDA kernel also keeps the sign of values next to zero). Knows how a block is updated;
+//! which tensors get codes, and the step's scalars, are the optimizer's.
 
 use crate::quant::nested::dynamic_map;
 

@@ -1,8 +1,9 @@
 //! The judgement over a run's losses: overfitting, the gap between training and validation, early stop, the best
-//! evaluation. Pure functions of the records so far, so a resumed run judges as an uninterrupted one. Knows no
+//! evaluation, modules that did not move. Pure functions of the records so far, so a resumed run judges as an uninterrupted one. Knows no
 //! model; what only a model can show (that it changes and that it stops) is in `probes`.
 
-use super::events::EvalRecord;
+use super::events::{EvalRecord, StepRecord};
+use crate::adapter::Adapter;
 
 /// What a failed check does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -74,9 +75,53 @@ pub(super) fn best(evals: &[EvalRecord]) -> Option<usize> {
     (0..evals.len()).min_by(|&left, &right| evals[left].loss.total_cmp(&evals[right].loss))
 }
 
+/// What there is to say of adapted modules that have not moved: after a step, B differs from the zeros it began as
+/// wherever a gradient arrives. Other tools let such a no-op pass in silence.
+pub(super) fn unmoved(adapter: &Adapter, steps: &[StepRecord]) -> Option<String> {
+    const NAMED: usize = 3;
+    let stepped = steps.iter().any(|step| step.learning_rate > 0.0 && step.grad_norm > 0.0);
+    let idle: Vec<&str> = adapter
+        .modules()
+        .iter()
+        .filter(|module| stepped && module.b.iter().all(|&value| value == 0.0))
+        .map(|module| module.name.as_str())
+        .collect();
+    let named = idle.iter().take(NAMED).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let more = if idle.len() > NAMED { ", …" } else { "" };
+    (!idle.is_empty()).then(|| {
+        let all = adapter.modules().len();
+        format!("{} of {all} adapted layers have not moved: no gradient reaches {named}{more}", idle.len())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::LoraConfig;
+
+    #[test]
+    fn modules_that_did_not_move_are_named() {
+        let linears = (0..2).map(|layer| (format!("model.layers.{layer}.mlp.up_proj"), 8, 8)).collect();
+        let config = LoraConfig { rank: 2, ..LoraConfig::default() };
+        let mut adapter = Adapter::for_linears(linears, &config).unwrap();
+        adapter.parameters_mut().nth(1).unwrap().1.fill(0.5);
+        let step = |learning_rate| StepRecord {
+            step: 1,
+            epoch: 1,
+            loss: 1.0,
+            learning_rate,
+            grad_norm: 1.0,
+            tokens: 1,
+            supervised_tokens: 1,
+            seconds: 0.0,
+        };
+        let said = unmoved(&adapter, &[step(1e-4)]).unwrap();
+        assert_eq!(
+            said,
+            "1 of 2 adapted layers have not moved: no gradient reaches `model.layers.1.mlp.up_proj`"
+        );
+        assert_eq!(unmoved(&adapter, &[step(0.0)]), None, "nothing moves in a warmup of one step");
+    }
 
     fn evals(losses: &[(f64, f64)]) -> Vec<EvalRecord> {
         let record = |(index, &(train_loss, loss)): (usize, &(f64, f64))| EvalRecord {

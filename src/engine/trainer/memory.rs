@@ -69,13 +69,13 @@ struct LayerWidth {
     work: usize,
 }
 
-/// Plans a run on `model`. `pass_tokens` is the largest pass; `supervised` the most rows of a pass with a target.
+/// Plans a run on `model` whose largest training pass has `pass_tokens` and whose largest evaluation `eval_tokens`.
 /// Errors: it does not fit the options' budget even with every layer recomputed.
 pub(super) fn plan(
     model: &Model,
     adapter: &Adapter,
     optimizer_bytes: usize,
-    pass_tokens: usize,
+    (pass_tokens, eval_tokens): (usize, usize),
     options: &TrainOptions,
 ) -> Result<MemoryPlan, TrainError> {
     let config = model.config();
@@ -83,8 +83,12 @@ pub(super) fn plan(
     let layers = widths(model, adapter, options);
     let bytes = |values: u64| 4 * values * pass_tokens as u64;
     let adapter_bytes = 4 * adapter.parameter_count() as u64;
-    let logit_rows = pass_tokens.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN));
+    let logits =
+        |tokens: usize| 4 * (tokens.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary) as u64;
     let work = layers.iter().map(|layer| layer.work as u64).max().unwrap_or(0);
+    // An evaluation keeps one layer; its passes may be larger than those of small steps.
+    let one = layers.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
+    let evaluation = 4 * (9 * c + work + one) * eval_tokens as u64 + logits(eval_tokens);
     let (weights, mapped) = model.weight_bytes();
     let program = memory_before(mapped).saturating_sub(weights - mapped);
     let mut plan = MemoryPlan {
@@ -92,8 +96,7 @@ pub(super) fn plan(
         adapter: adapter_bytes * if options.keep == super::Keep::Best { 2 } else { 1 },
         gradients: adapter_bytes,
         optimizer: optimizer_bytes as u64,
-        buffers: bytes(4 * c + work) + THREAD_BYTES * model.threads() as u64,
-        head: bytes(4 * c) + 4 * (logit_rows * vocabulary) as u64,
+        head: bytes(4 * c) + logits(pass_tokens),
         program,
         pass_tokens,
         layers: layers.len(),
@@ -105,6 +108,9 @@ pub(super) fn plan(
         let at_work = twice.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
         let kept: u64 = once.iter().map(|layer| layer.kept as u64).sum();
         plan.activations = bytes(kept + at_work + c * layers.len() as u64);
+        let threads = THREAD_BYTES * model.threads() as u64;
+        let work = bytes(4 * c + work);
+        plan.buffers = threads + work.max(evaluation.saturating_sub(plan.activations + plan.head));
         plan.recomputed_layers = recomputed;
         if options.memory_budget.is_none_or(|budget| plan.total() <= budget) {
             return Ok(plan);

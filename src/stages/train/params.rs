@@ -56,7 +56,7 @@ pub(super) struct Params {
     #[serde(default = "default_ratio")]
     #[schemars(extend("exclusiveMinimum" = 0.0))]
     loraplus_ratio: f64,
-    /// How the optimizer's moments rest between steps.
+    /// How the optimizer's moments rest between steps: `f32`, or `8bit`, a quarter of the memory.
     #[serde(default)]
     optimizer_state: StateParam,
     /// Passes over the training rows.
@@ -69,7 +69,7 @@ pub(super) struct Params {
     /// Most tokens of one optimizer step, instead of a number of rows.
     #[schemars(range(min = 1))]
     batch_tokens: Option<usize>,
-    /// The order of the rows.
+    /// The order of the rows: `shuffled`, or `by_length`, with rows of like length in one step.
     #[serde(default)]
     order: OrderParam,
     /// Most tokens of one pass through the model; bounds memory, changes no result but rounding.
@@ -80,7 +80,7 @@ pub(super) struct Params {
     #[serde(default = "default_length")]
     #[schemars(range(min = 8, max = 1_048_576))]
     max_length: usize,
-    /// How the learning rate falls after the warmup.
+    /// How the learning rate falls after the warmup: `cosine`, `linear`, `constant`, or `wsd` (constant, then a fall at the end).
     #[serde(default)]
     schedule: ScheduleParam,
     /// Share of the steps in which the learning rate rises.
@@ -108,7 +108,7 @@ pub(super) struct Params {
     /// Steps between checkpoints; 0 for none.
     #[serde(default = "default_checkpoint")]
     checkpoint_every: usize,
-    /// Which adapter is the result.
+    /// Which adapter is the result: `last`, or `best`, the one with the lowest validation loss.
     #[serde(default)]
     keep: KeepParam,
     /// Most memory of the run in MiB: as many layers as that needs are computed twice instead of kept. Changes no result, only time.
