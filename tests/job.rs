@@ -350,3 +350,47 @@ fn a_held_out_question_that_was_trained_on_is_a_leak() {
         &["split", "Which river runs through the town of Aldmoor"],
     );
 }
+
+/// Options of training that change what is computed or written; the rest of the job is as above.
+const OPTIONS: &str = "stop_probe: warn
+      dora: true
+      dropout: 0.1
+      neftune_alpha: 5
+      rank_pattern: { down_proj: 2 }
+      alpha_pattern: { q_proj: 4 }
+      loraplus_ratio: 4
+      optimizer_state: 8bit
+      batch_tokens: 400
+      order: by_length
+      schedule: wsd
+      decay_ratio: 0.5
+      patience: 50
+      min_delta: 0.001
+      keep: best
+      tensorboard: true
+";
+
+#[test]
+fn every_training_option_works_in_a_manifest_and_repeats() {
+    let project = project();
+    let manifest = MANIFEST.replace("      batch_examples: 4\n", "").replace("stop_probe: warn\n", OPTIONS);
+    project.write("job.yaml", manifest);
+    let report = project.json(&RUN);
+    assert_eq!(report["ok"], true, "{report}");
+    let out = project.path("cache/out/job/adapter");
+    let config = fs_err::read_to_string(out.join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!((&config["use_dora"], &config["lora_dropout"]), (&true.into(), &0.1.into()));
+    assert_eq!(
+        (&config["rank_pattern"]["down_proj"], &config["alpha_pattern"]["q_proj"]),
+        (&2.into(), &4.into())
+    );
+    assert!(out.join("tensorboard/events.out.tfevents.0.tunesmith").exists());
+    let metrics = &stage(&report, "adapter")["metrics"];
+    for metric in ["planned_memory_bytes", "step_seconds", "recomputed_layers"] {
+        assert!(metrics[metric].as_f64().is_some_and(f64::is_finite), "{metric} in {metrics}");
+    }
+    let first = digest(&report, "adapter", ADAPTER);
+    let again = project.json(&[&RUN[..], &["--force", "adapter"]].concat());
+    assert_eq!(first, digest(&again, "adapter", ADAPTER));
+}

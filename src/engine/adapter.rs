@@ -4,6 +4,7 @@
 //! Modules and their tensors stand in the model's order (layer by layer; A before B), and that order is the
 //! order of every iteration, so optimizer state and gradients line up by position.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -12,10 +13,13 @@ use crate::backend::{Lora, LoraGradient};
 use crate::model::Model;
 
 mod init;
+mod magnitude;
 mod peft;
 mod targets;
 
 pub use targets::Targets;
+
+use magnitude::Norms;
 
 /// What adapter to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +34,32 @@ pub struct LoraConfig {
     pub rslora: bool,
     /// Seed of A's initial values.
     pub seed: u64,
+    /// DoRA: the row norms of the adapted weights are trained apart from their directions.
+    pub dora: bool,
+    /// Share of a pair's inputs that a training pass drops, in [0, 1).
+    pub dropout: f32,
+    /// Other ranks by module, as PEFT's `rank_pattern`: a key is a regular expression that the end of a module's
+    /// name, from a `.` on, matches as a whole. The first key in order wins; each must match an adapted module.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other alphas by module, keyed as `rank_pattern` is.
+    pub alpha_pattern: BTreeMap<String, f32>,
+}
+
+impl Default for LoraConfig {
+    /// Rank 16, alpha 32, on every linear layer.
+    fn default() -> Self {
+        Self {
+            rank: 16,
+            alpha: 32.0,
+            targets: Targets::Auto,
+            rslora: false,
+            seed: 0,
+            dora: false,
+            dropout: 0.0,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+        }
+    }
 }
 
 /// A linear layer of a model: its full name, out features, in features.
@@ -47,6 +77,9 @@ pub enum AdapterError {
     /// A target's regular expression is wrong.
     #[error("target expression `{expression}` is not a regular expression")]
     Expression { expression: String, source: regex::Error },
+    /// A key of a rank or alpha pattern matches no adapted layer.
+    #[error("`{pattern}` names `{key}`, which matches no adapted layer; adapted: {adapted}")]
+    UnmatchedPattern { pattern: &'static str, key: String, adapted: String },
     /// The rank does not fit a layer.
     #[error("rank {rank} does not fit `{module}` ({out}x{input}); it must be from 1 to {}", out.min(input))]
     Rank { rank: usize, module: String, out: usize, input: usize },
@@ -57,7 +90,7 @@ pub enum AdapterError {
     #[error("`{path}` is not an adapter configuration")]
     Config { path: PathBuf, source: serde_json::Error },
     /// `adapter_config.json` asks for something this engine does not compute.
-    #[error("`{path}` sets `{key}` to `{value}`, which is not supported; only plain LoRA is")]
+    #[error("`{path}` sets `{key}` to `{value}`, which is not supported; LoRA, rsLoRA and DoRA are")]
     Unsupported { path: PathBuf, key: &'static str, value: String },
     /// `adapter_model.safetensors` is not a safetensors file, or cannot be written.
     #[error("`{path}` is not a valid safetensors file")]
@@ -81,13 +114,23 @@ pub enum AdapterError {
 /// A LoRA adapter for one model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
-    rank: usize,
-    alpha: f32,
-    rslora: bool,
+    shape: Shape,
     linears: Vec<LinearName>,
     /// Of each linear layer, its module.
     slots: Vec<Option<usize>>,
     modules: Vec<Module>,
+}
+
+/// What decides an adapter's shapes and how it is computed with: all of its description but the values.
+#[derive(Debug, Clone, PartialEq)]
+struct Shape {
+    rank: usize,
+    alpha: f32,
+    rslora: bool,
+    dora: bool,
+    dropout: f32,
+    rank_pattern: BTreeMap<String, usize>,
+    alpha_pattern: BTreeMap<String, f32>,
 }
 
 /// The pair of matrices at one linear layer.
@@ -95,65 +138,102 @@ pub struct Adapter {
 pub struct Module {
     /// The layer's full name, `model.layers.0.self_attn.q_proj`.
     pub name: String,
+    /// R of this pair.
+    pub rank: usize,
+    /// What this pair's update is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
+    pub scale: f32,
     /// (R, in)
     pub a: Vec<f32>,
     /// (out, R)
     pub b: Vec<f32>,
+    /// DoRA's length of each row of the adapted weight (out).
+    pub magnitude: Option<Vec<f32>>,
+    norms: Norms,
 }
 
 impl Adapter {
-    /// A fresh adapter for `model`: A uniform in ±1/sqrt(in), B zero, so it changes nothing yet.
+    /// A fresh adapter for `model`: A uniform in ±1/sqrt(in), B zero, DoRA's magnitudes the norms of the model's
+    /// own rows, so it changes nothing yet.
     ///
     /// # Errors
-    /// A target that matches nothing, or a rank that does not fit.
+    /// A target or pattern that matches nothing, or a rank that does not fit.
     pub fn new(model: &Model, config: &LoraConfig) -> Result<Self, AdapterError> {
-        Self::for_linears(model.linear_names(), config)
+        let mut adapter = Self::for_linears(model.linear_names(), config)?;
+        for index in 0..adapter.slots.len() {
+            let Some(slot) = adapter.slots[index] else { continue };
+            if adapter.modules[slot].magnitude.is_some() {
+                adapter.modules[slot].magnitude = Some(model.row_norms(&adapter, index));
+            }
+        }
+        Ok(adapter)
     }
 
-    /// As [`Adapter::new`], from the names and shapes of the linear layers.
+    /// As [`Adapter::new`], from the names and shapes of the linear layers; without their weights, DoRA's
+    /// magnitudes stay zero.
     ///
     /// # Errors
     /// As [`Adapter::new`].
     pub fn for_linears(linears: Vec<LinearName>, config: &LoraConfig) -> Result<Self, AdapterError> {
         let chosen = config.targets.choose(&linears)?;
-        let mut adapter = Self::zeros(linears, &chosen, config.rank, config.alpha, config.rslora)?;
+        let shape = Shape {
+            rank: config.rank,
+            alpha: config.alpha,
+            rslora: config.rslora,
+            dora: config.dora,
+            dropout: config.dropout,
+            rank_pattern: config.rank_pattern.clone(),
+            alpha_pattern: config.alpha_pattern.clone(),
+        };
+        let mut adapter = Self::zeros(linears, &chosen, shape)?;
         for module in &mut adapter.modules {
-            init::uniform(&mut module.a, config.rank, config.seed, &module.name);
+            init::uniform(&mut module.a, module.rank, config.seed, &module.name);
         }
         Ok(adapter)
     }
 
     /// An adapter of zeros at the `chosen` linear layers.
-    fn zeros(
-        linears: Vec<LinearName>,
-        chosen: &[bool],
-        rank: usize,
-        alpha: f32,
-        rslora: bool,
-    ) -> Result<Self, AdapterError> {
+    fn zeros(linears: Vec<LinearName>, chosen: &[bool], shape: Shape) -> Result<Self, AdapterError> {
+        let adapted: Vec<&str> = linears
+            .iter()
+            .zip(chosen)
+            .filter(|(_, chosen)| **chosen)
+            .map(|((name, ..), _)| &**name)
+            .collect();
+        let ranks = targets::by_pattern("rank_pattern", &shape.rank_pattern, &adapted)?;
+        let alphas = targets::by_pattern("alpha_pattern", &shape.alpha_pattern, &adapted)?;
         let (mut slots, mut modules) = (vec![None; linears.len()], Vec::new());
         for (index, (name, out, input)) in linears.iter().enumerate().filter(|(index, _)| chosen[*index]) {
+            let slot = modules.len();
+            let rank = ranks[slot].unwrap_or(shape.rank);
             if rank == 0 || rank > *out.min(input) {
                 return Err(AdapterError::Rank { rank, module: name.clone(), out: *out, input: *input });
             }
-            slots[index] = Some(modules.len());
-            modules.push(Module { name: name.clone(), a: vec![0.0; rank * input], b: vec![0.0; out * rank] });
+            let alpha = alphas[slot].unwrap_or(shape.alpha);
+            slots[index] = Some(slot);
+            modules.push(Module {
+                name: name.clone(),
+                rank,
+                scale: if shape.rslora { alpha / (rank as f32).sqrt() } else { alpha / rank as f32 },
+                a: vec![0.0; rank * input],
+                b: vec![0.0; out * rank],
+                magnitude: shape.dora.then(|| vec![0.0; *out]),
+                norms: Norms::default(),
+            });
         }
         if modules.is_empty() {
             return Err(AdapterError::NoTarget);
         }
-        Ok(Self { rank, alpha, rslora, linears, slots, modules })
+        Ok(Self { shape, linears, slots, modules })
     }
 
-    /// R.
+    /// R of modules that no pattern names.
     pub fn rank(&self) -> usize {
-        self.rank
+        self.shape.rank
     }
 
-    /// What the update is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
-    pub fn scale(&self) -> f32 {
-        let rank = self.rank as f32;
-        if self.rslora { self.alpha / rank.sqrt() } else { self.alpha / rank }
+    /// Share of a pair's inputs that a training pass drops, in [0, 1).
+    pub fn dropout(&self) -> f32 {
+        self.shape.dropout
     }
 
     /// The adapted modules, in the model's order.
@@ -163,7 +243,7 @@ impl Adapter {
 
     /// Number of trained values.
     pub fn parameter_count(&self) -> usize {
-        self.modules.iter().map(|module| module.a.len() + module.b.len()).sum()
+        self.parameters().map(|(_, values)| values.len()).sum()
     }
 
     /// Percentage of the model's linear weights (output layer aside) whose layer is adapted.
@@ -176,16 +256,14 @@ impl Adapter {
 
     /// Every trained tensor with its name in PEFT's file, in the stable order.
     pub fn parameters(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules.iter().flat_map(|module| {
-            [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)]
-        })
+        self.modules.iter().flat_map(Module::tensors)
     }
 
     /// As [`Adapter::parameters`], to be changed.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
         self.modules.iter_mut().flat_map(|module| {
-            let Module { name, a, b } = module;
-            [(peft::key(name, 'A'), &mut a[..]), (peft::key(name, 'B'), &mut b[..])]
+            module.norms.forget();
+            module.tensors_mut()
         })
     }
 
@@ -197,7 +275,36 @@ impl Adapter {
     /// The pair at linear layer `index`, if it is adapted.
     pub(crate) fn lora(&self, index: usize) -> Option<Lora<'_>> {
         let module = &self.modules[self.slots[index]?];
-        Some(Lora { a: &module.a, b: &module.b, rank: self.rank, scale: self.scale() })
+        Some(Lora { a: &module.a, b: &module.b, rank: module.rank, scale: module.scale })
+    }
+
+    /// DoRA's magnitudes (out) at linear layer `index`, with the norms of the rows of W + scale·B·A, which
+    /// `compute` gives when they are not known yet for the model with this number.
+    pub(crate) fn dora(
+        &self,
+        index: usize,
+        model: u64,
+        compute: impl FnOnce() -> Vec<f32>,
+    ) -> Option<(&[f32], std::sync::Arc<[f32]>)> {
+        let module = &self.modules[self.slots[index]?];
+        let magnitude = module.magnitude.as_deref()?;
+        Some((magnitude, module.norms.get(model, compute)))
+    }
+}
+
+impl Module {
+    /// A, B and perhaps the magnitudes.
+    fn tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
+        let pair = [(peft::key(&self.name, 'A'), &self.a[..]), (peft::key(&self.name, 'B'), &self.b[..])];
+        let magnitude = self.magnitude.as_deref().map(|values| (peft::magnitude_key(&self.name), values));
+        pair.into_iter().chain(magnitude)
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
+        let Self { name, a, b, magnitude, .. } = self;
+        let pair = [(peft::key(name, 'A'), &mut a[..]), (peft::key(name, 'B'), &mut b[..])];
+        let magnitude = magnitude.as_deref_mut().map(|values| (peft::magnitude_key(name), values));
+        pair.into_iter().chain(magnitude)
     }
 }
 
@@ -244,23 +351,20 @@ impl Gradients {
 
     /// Every tensor with its name, in the order of [`Adapter::parameters`].
     pub fn tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules.iter().flat_map(|module| {
-            [(peft::key(&module.name, 'A'), &module.a[..]), (peft::key(&module.name, 'B'), &module.b)]
-        })
+        self.modules.iter().flat_map(Module::tensors)
     }
 
     /// As [`Gradients::tensors`], to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
-        self.modules.iter_mut().flat_map(|module| {
-            let Module { name, a, b } = module;
-            [(peft::key(name, 'A'), &mut a[..]), (peft::key(name, 'B'), &mut b[..])]
-        })
+        self.modules.iter_mut().flat_map(Module::tensors_mut)
     }
 
     /// Whether these are gradients of `adapter`.
     pub(crate) fn fit(&self, adapter: &Adapter) -> bool {
         self.slots == adapter.slots
-            && self.modules.iter().zip(&adapter.modules).all(|(own, other)| own.a.len() == other.a.len())
+            && self.modules.iter().zip(&adapter.modules).all(|(own, other)| {
+                own.rank == other.rank && own.magnitude.is_some() == other.magnitude.is_some()
+            })
     }
 
     /// The gradient of the pair at linear layer `index`.
@@ -268,4 +372,12 @@ impl Gradients {
         let module = &mut self.modules[self.slots[index]?];
         Some(LoraGradient { da: &mut module.a, db: &mut module.b })
     }
+
+    /// The gradient of DoRA's magnitudes (out) at linear layer `index`.
+    pub(crate) fn magnitude(&mut self, index: usize) -> Option<&mut [f32]> {
+        self.modules[self.slots[index]?].magnitude.as_deref_mut()
+    }
 }
+
+#[cfg(test)]
+mod tests;

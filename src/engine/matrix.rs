@@ -13,19 +13,20 @@ use crate::quant::Nf4;
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    mapped: bool,
 }
 
 impl Bytes {
     /// Takes ownership of `bytes`.
     pub fn owned(bytes: Vec<u8>) -> Self {
         let range = 0..bytes.len();
-        Self { owner: Arc::new(bytes), range }
+        Self { owner: Arc::new(bytes), range, mapped: false }
     }
 
     /// A range of a shared mapping.
     pub fn mapped(map: Arc<memmap2::Mmap>, range: Range<usize>) -> Self {
         assert!(range.end <= map.len(), "BUG: range beyond the mapping");
-        Self { owner: Arc::new(SharedMap(map)), range }
+        Self { owner: Arc::new(SharedMap(map)), range, mapped: true }
     }
 
     /// The bytes.
@@ -104,6 +105,17 @@ impl Matrix {
         let mut out = vec![0.0; self.rows * self.cols];
         self.decode(0, &mut out);
         out
+    }
+
+    /// Those of [`Matrix::size_bytes`] that are pages of a file, read when they are first touched.
+    pub fn mapped_bytes(&self) -> usize {
+        match &self.values {
+            Values::F32(bytes) | Values::Bf16(bytes) | Values::F16(bytes) if bytes.mapped => {
+                bytes.as_slice().len()
+            }
+            Values::Nf4(nf4) if nf4.packed.mapped => nf4.packed.as_slice().len(),
+            _ => 0,
+        }
     }
 
     /// Bytes the values take in memory.

@@ -8,6 +8,7 @@
 //! ```
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
@@ -22,6 +23,7 @@ mod cache;
 pub mod config;
 mod decoder;
 pub(crate) mod families;
+mod noise;
 mod pack;
 mod workspace;
 
@@ -32,11 +34,13 @@ pub use config::{
     AttentionOptions, MambaOptions, Mixing, MlpLayout, MlpOptions, ModelConfig, NormOptions, Positions, Rope,
     RopeScaling,
 };
+pub use noise::Noise;
 pub use pack::{Pack, PackLoss, SequenceLoss};
 pub use workspace::Workspace;
 
 use blocks::Pass;
 use decoder::{Decoder, Keep};
+use noise::RowNoise;
 
 /// Why a model cannot be opened or a pass cannot be computed.
 #[derive(Debug, Error)]
@@ -85,7 +89,11 @@ pub struct Model {
     config: ModelConfig,
     decoder: Decoder,
     backend: Box<dyn Backend>,
+    /// Unlike that of any other model of this process.
+    number: u64,
 }
+
+static MODELS: AtomicU64 = AtomicU64::new(0);
 
 impl Model {
     /// Opens a checkpoint (a folder or a file of any supported format).
@@ -111,7 +119,8 @@ impl Model {
         device: &Compute,
     ) -> Result<Self, ModelError> {
         let decoder = assemble::decoder(&config, source)?;
-        Ok(Self { config, decoder, backend: device.backend() })
+        let number = MODELS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { config, decoder, backend: device.backend(), number })
     }
 
     /// The model's description.
@@ -138,8 +147,32 @@ impl Model {
             .collect()
     }
 
+    /// Bytes of all weight matrices, and those of them that are pages of a file, read when first touched.
+    pub(crate) fn weight_bytes(&self) -> (u64, u64) {
+        let head = (!self.config.tie_word_embeddings).then_some(&self.decoder.head);
+        let linears = self.decoder.linears().map(|linear| &linear.weight);
+        let all = linears.chain([&self.decoder.embedding]).chain(head);
+        all.fold((0, 0), |(size, mapped), matrix| {
+            (size + matrix.size_bytes() as u64, mapped + matrix.mapped_bytes() as u64)
+        })
+    }
+
+    /// Threads that compute.
+    pub(crate) fn threads(&self) -> usize {
+        match self.backend.kind() {
+            BackendKind::Reference => 1,
+            _ => self.inside(rayon::current_num_threads),
+        }
+    }
+
+    /// ‖W + scale·B·A‖ of each row of linear layer `index` with the pair of `adapter`.
+    pub(crate) fn row_norms(&self, adapter: &Adapter, index: usize) -> Vec<f32> {
+        let linear = self.decoder.linears().nth(index).expect("BUG: the adapter is of another model");
+        self.inside(|| linear.row_norms(&*self.backend, adapter))
+    }
+
     /// Forward and backward over one pack: adds to `gradients` the gradient of `scale` * sum of the negative
-    /// log-likelihoods of the supervised targets.
+    /// log-likelihoods of the supervised targets. The pack's noise applies here and in no other pass.
     ///
     /// # Errors
     /// [`ModelError::NotFinite`] names the first bad activation or gradient; the gradients are then useless.
@@ -162,7 +195,8 @@ impl Model {
         let losses = self.inside(|| {
             let (positions, spans) = pack.layout();
             self.decoder.prepare(workspace, &positions);
-            let pass = self.pass(Some(adapter), &positions, &spans);
+            let mut pass = self.pass(Some(adapter), &positions, &spans);
+            pass.noise = pack.noise.as_ref().map(|noise| RowNoise::new(noise, &pack.starts));
             self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
             let losses = self.decoder.loss(&pass, pack, &rows, Some(scale), workspace)?;
             self.decoder.backward(&pass, gradients, workspace)?;
@@ -284,7 +318,7 @@ impl Model {
         positions: &'a [usize],
         spans: &'a [Span],
     ) -> Pass<'a> {
-        Pass { backend: &*self.backend, adapter, positions, spans }
+        Pass { backend: &*self.backend, adapter, positions, spans, noise: None, model: self.number }
     }
 
     fn check(&self, adapter: Option<&Adapter>, tokens: &[u32]) -> Result<(), ModelError> {

@@ -3,6 +3,15 @@
 //! Knows nothing of models or of where gradients come from. Element-wise, in a fixed order: the result does not
 //! depend on threads.
 
+mod moments;
+
+pub use moments::StatePart;
+
+use moments::{Maps, Moments};
+
+/// Tensors with fewer values keep their moments in f32 whatever is asked for, as in bitsandbytes.
+const CODED_MIN: usize = 4096;
+
 /// What AdamW is told once.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWOptions {
@@ -14,33 +23,54 @@ pub struct AdamWOptions {
     pub epsilon: f64,
     /// Decoupled: each step multiplies parameters by 1 - learning_rate · weight_decay.
     pub weight_decay: f64,
+    /// How the moments rest between steps.
+    pub state: MomentFormat,
+}
+
+/// How moments rest between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MomentFormat {
+    /// 8 bytes a parameter.
+    #[default]
+    F32,
+    /// About 2 bytes a parameter: bitsandbytes' 8-bit blocks, for tensors of at least 4096 values.
+    Blockwise8,
 }
 
 impl Default for AdamWOptions {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 }
+        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, state: MomentFormat::F32 }
     }
 }
 
-/// AdamW with its state: both moments in f32, one value a parameter, tensors one after another.
+/// AdamW with its state: two moments of every parameter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdamW {
     options: AdamWOptions,
     steps: u64,
-    first: Vec<f32>,
-    second: Vec<f32>,
+    moments: Vec<Moments>,
+    maps: Maps,
 }
 
 impl AdamW {
-    /// A fresh state for `parameters` values in all.
-    pub fn new(options: AdamWOptions, parameters: usize) -> Self {
-        Self { options, steps: 0, first: vec![0.0; parameters], second: vec![0.0; parameters] }
+    /// A fresh state for tensors of these lengths.
+    pub fn new(options: AdamWOptions, lengths: impl IntoIterator<Item = usize>) -> Self {
+        let moments = lengths.into_iter().map(|len| match options.state {
+            MomentFormat::Blockwise8 if len >= CODED_MIN => Moments::zeros_blockwise8(len),
+            _ => Moments::zeros_f32(len),
+        });
+        Self { options, steps: 0, moments: moments.collect(), maps: Maps::new() }
     }
 
-    /// The state after `steps` steps, as [`AdamW::moments`] gave it. Both moments have the same length.
-    pub fn resume(options: AdamWOptions, steps: u64, first: Vec<f32>, second: Vec<f32>) -> Self {
-        assert_eq!(first.len(), second.len(), "BUG: the moments are of different models");
-        Self { options, steps, first, second }
+    /// Puts a fresh optimizer where another one was after `steps` steps, from the bytes of its
+    /// [`AdamW::state`]. False, and the state is useless, if they are of another number of values.
+    pub fn resume(&mut self, steps: u64, mut bytes: &[u8]) -> bool {
+        self.steps = steps;
+        for moments in &mut self.moments {
+            let Some(rest) = moments.read(bytes) else { return false };
+            bytes = rest;
+        }
+        bytes.is_empty()
     }
 
     /// Steps taken.
@@ -48,32 +78,33 @@ impl AdamW {
         self.steps
     }
 
-    /// First and second moments of all parameters.
-    pub fn moments(&self) -> (&[f32], &[f32]) {
-        (&self.first, &self.second)
+    /// All moments, tensor by tensor.
+    pub fn state(&self) -> impl Iterator<Item = StatePart<'_>> {
+        self.moments.iter().flat_map(Moments::parts)
     }
 
-    /// One step: moves each tensor of `tensors` (parameters, gradients of the same length) against its gradient.
-    /// The tensors come in the same order at every step and hold as many values as [`AdamW::new`] was told.
-    pub fn step<'a>(
-        &mut self,
-        learning_rate: f64,
-        tensors: impl IntoIterator<Item = (&'a mut [f32], &'a [f32])>,
-    ) {
+    /// Bytes of [`AdamW::state`].
+    pub fn state_bytes(&self) -> usize {
+        let size = |part: StatePart<'_>| match part {
+            StatePart::Floats(values) => 4 * values.len(),
+            StatePart::Codes(codes) => codes.len(),
+        };
+        self.state().map(size).sum()
+    }
+
+    /// One step: moves each tensor of `tensors` (learning rate, parameters, gradients of the same length) against
+    /// its gradient. The tensors come in the same order at every step, of the lengths that [`AdamW::new`] was told.
+    pub fn step<'a>(&mut self, tensors: impl IntoIterator<Item = (f64, &'a mut [f32], &'a [f32])>) {
         self.steps += 1;
-        let update = Update::new(&self.options, self.steps, learning_rate);
-        let mut start = 0;
-        for (parameters, gradients) in tensors {
-            assert_eq!(
-                parameters.len(),
-                gradients.len(),
-                "BUG: a gradient has another shape than its tensor"
-            );
-            let range = start..start + parameters.len();
-            start = range.end;
-            update.apply(parameters, gradients, &mut self.first[range.clone()], &mut self.second[range]);
+        let mut moments = self.moments.iter_mut();
+        for (learning_rate, parameters, gradients) in tensors {
+            let moments = moments.next().expect("BUG: the optimizer was made for fewer tensors");
+            let lengths = (parameters.len(), gradients.len());
+            assert_eq!(lengths, (moments.len(), moments.len()), "BUG: a tensor of another shape");
+            let update = Update::new(&self.options, self.steps, learning_rate);
+            moments.update(&update, &self.maps, parameters, gradients);
         }
-        assert_eq!(start, self.first.len(), "BUG: the optimizer was made for another set of tensors");
+        assert!(moments.next().is_none(), "BUG: the optimizer was made for more tensors");
     }
 }
 
@@ -148,12 +179,20 @@ mod tests {
         assert!((f64::from(got) - want).abs() <= 1e-6 * want.abs().max(1e-3), "got {got}, want {want}");
     }
 
+    fn bytes(adamw: &AdamW) -> Vec<u8> {
+        let bytes = |part: StatePart<'_>| match part {
+            StatePart::Floats(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            StatePart::Codes(codes) => codes.to_vec(),
+        };
+        adamw.state().flat_map(bytes).collect()
+    }
+
     #[test]
     fn first_step_moves_by_the_learning_rate_against_the_sign() {
         // At step 1 both corrections cancel the decay: m̂ = g, v̂ = g², so the step is lr · g / (|g| + eps).
-        let mut adamw = AdamW::new(AdamWOptions::default(), 3);
+        let mut adamw = AdamW::new(AdamWOptions::default(), [3]);
         let mut parameters = [1.0f32, -2.0, 0.5];
-        adamw.step(0.1, [(&mut parameters[..], &[0.5f32, -4.0, 0.0][..])]);
+        adamw.step([(0.1, &mut parameters[..], &[0.5f32, -4.0, 0.0][..])]);
         close(parameters[0], 1.0 * (1.0 - 0.1 * 0.01) - 0.1);
         close(parameters[1], -2.0 * (1.0 - 0.1 * 0.01) + 0.1);
         close(parameters[2], 0.5 * (1.0 - 0.1 * 0.01));
@@ -164,16 +203,18 @@ mod tests {
         // g = 1, then 3. m: 0.1, 0.39. v: 0.001, 0.009999.
         // m̂ = 0.39 / 0.19, v̂ = 0.009999 / 0.001999; eps is outside the root.
         let options = AdamWOptions { weight_decay: 0.0, epsilon: 0.5, ..AdamWOptions::default() };
-        let mut adamw = AdamW::new(options, 1);
+        let mut adamw = AdamW::new(options, [1]);
         let mut parameter = [0.0f32];
-        adamw.step(0.1, [(&mut parameter[..], &[1.0f32][..])]);
+        adamw.step([(0.1, &mut parameter[..], &[1.0f32][..])]);
         close(parameter[0], -0.1 / 1.5);
-        adamw.step(0.01, [(&mut parameter[..], &[3.0f32][..])]);
+        adamw.step([(0.01, &mut parameter[..], &[3.0f32][..])]);
         let second = (0.009_999f64 / 0.001_999).sqrt();
         close(parameter[0], -0.1 / 1.5 - 0.01 * (0.39 / 0.19) / (second + 0.5));
-        let (first, squares) = adamw.moments();
-        close(first[0], 0.39);
-        close(squares[0], 0.009_999);
+        let mut state = adamw.state();
+        assert!(matches!(state.next(), Some(StatePart::Floats([first])) if (first - 0.39).abs() < 1e-6));
+        assert!(
+            matches!(state.next(), Some(StatePart::Floats([second])) if (second - 0.009_999).abs() < 1e-8)
+        );
     }
 
     #[test]
@@ -181,29 +222,82 @@ mod tests {
         let gradients: Vec<f32> = (0..40).map(|index| (index as f32 * 0.7).sin()).collect();
         let mut whole: Vec<f32> = (0..40).map(|index| index as f32 / 10.0).collect();
         let mut parts = whole.clone();
-        let mut one = AdamW::new(AdamWOptions::default(), 40);
-        let mut two = one.clone();
+        let mut one = AdamW::new(AdamWOptions::default(), [40]);
+        let mut two = AdamW::new(AdamWOptions::default(), [13, 27]);
         for _ in 0..3 {
-            one.step(1e-2, [(&mut whole[..], &gradients[..])]);
+            one.step([(1e-2, &mut whole[..], &gradients[..])]);
             let (left, right) = parts.split_at_mut(13);
-            two.step(1e-2, [(left, &gradients[..13]), (right, &gradients[13..])]);
+            two.step([(1e-2, left, &gradients[..13]), (1e-2, right, &gradients[13..])]);
         }
         assert_eq!(whole, parts);
-        assert_eq!(one, two);
     }
 
     #[test]
     fn resumed_state_goes_on_bit_for_bit() {
-        let mut straight = AdamW::new(AdamWOptions::default(), 2);
-        let mut parameters = [0.3f32, -0.7];
-        straight.step(1e-2, [(&mut parameters[..], &[0.1f32, 0.2][..])]);
-        let (first, second) = straight.moments();
-        let mut resumed =
-            AdamW::resume(AdamWOptions::default(), straight.steps(), first.to_vec(), second.to_vec());
-        let mut copy = parameters;
-        straight.step(1e-2, [(&mut parameters[..], &[0.4f32, -0.1][..])]);
-        resumed.step(1e-2, [(&mut copy[..], &[0.4f32, -0.1][..])]);
-        assert_eq!(parameters.map(f32::to_bits), copy.map(f32::to_bits));
+        for state in [MomentFormat::F32, MomentFormat::Blockwise8] {
+            let options = AdamWOptions { state, ..AdamWOptions::default() };
+            let gradients: Vec<f32> = (0..5000).map(|index| (index as f32 * 0.7).sin()).collect();
+            let mut straight = AdamW::new(options, [5000, 2]);
+            let mut parameters = vec![0.3f32; 5002];
+            let step = |adamw: &mut AdamW, parameters: &mut [f32]| {
+                let (left, right) = parameters.split_at_mut(5000);
+                adamw.step([(1e-2, left, &gradients[..]), (1e-2, right, &gradients[..2])]);
+            };
+            step(&mut straight, &mut parameters);
+            let mut resumed = AdamW::new(options, [5000, 2]);
+            let bytes = bytes(&straight);
+            assert_eq!(bytes.len(), straight.state_bytes());
+            assert!(!resumed.resume(1, &bytes[1..]) && !resumed.resume(1, &[&bytes[..], &[0]].concat()));
+            assert!(resumed.resume(straight.steps(), &bytes));
+            assert_eq!(straight, resumed);
+            let mut copy = parameters.clone();
+            step(&mut straight, &mut parameters);
+            step(&mut resumed, &mut copy);
+            assert_eq!(parameters, copy);
+        }
+    }
+
+    #[test]
+    fn codes_are_used_from_4096_values_on() {
+        let options = AdamWOptions { state: MomentFormat::Blockwise8, ..AdamWOptions::default() };
+        assert_eq!(AdamW::new(options, [4095]).state_bytes(), 8 * 4095);
+        assert_eq!(AdamW::new(options, [4096]).state_bytes(), 2 * (4096 + 4 * 16));
+        assert_eq!(AdamW::new(options, [4097]).state_bytes(), 2 * (4097 + 4 * 17));
+    }
+
+    #[test]
+    fn eight_bit_steps_are_those_of_bitsandbytes() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let file = fs_err::read(folder.join("adamw8bit.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let floats = |name: &str| -> Vec<f32> {
+            let data = file.tensor(name).unwrap().data().to_vec();
+            data.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+        };
+        let options =
+            AdamWOptions { weight_decay: 0.05, state: MomentFormat::Blockwise8, ..AdamWOptions::default() };
+        let mut parameters = floats("init");
+        let mut adamw = AdamW::new(options, [parameters.len()]);
+        for step in 0..4 {
+            adamw.step([(1e-2, &mut parameters[..], &floats(&format!("gradient.{step}"))[..])]);
+            let mut state = adamw.state();
+            for (moment, name) in ["first", "second"].into_iter().enumerate() {
+                let Some(StatePart::Codes(codes)) = state.next() else { panic!("moment {moment}") };
+                let want = file.tensor(&format!("{name}.{step}")).unwrap();
+                let off = codes.iter().zip(want.data()).map(|(&got, &want)| got.abs_diff(want));
+                // A value between two codes may take either, by its last bit.
+                assert!(off.clone().all(|off| off <= 1), "{name} of step {step}");
+                let differing = off.filter(|&off| off > 0).count();
+                assert!(differing <= 2, "{name} of step {step}: {differing} codes differ");
+                let Some(StatePart::Floats(absmax)) = state.next() else { panic!("moment {moment}") };
+                for (got, want) in absmax.iter().zip(floats(&format!("{name}_absmax.{step}"))) {
+                    close(*got, f64::from(want));
+                }
+            }
+            for (got, want) in parameters.iter().zip(floats(&format!("parameters.{step}"))) {
+                assert!((got - want).abs() < 2e-5, "step {step}: {got} is not {want}");
+            }
+        }
     }
 
     #[test]

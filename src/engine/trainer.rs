@@ -14,8 +14,9 @@
 use std::time::Instant;
 
 use crate::adapter::{Adapter, Gradients};
-use crate::model::{Model, Workspace};
+use crate::model::{Model, Noise, Workspace};
 use crate::optimizer::{AdamW, clip_factor};
+use crate::random::Random;
 
 mod batches;
 mod checkpoint;
@@ -23,16 +24,19 @@ mod evaluate;
 mod events;
 mod examples;
 mod gates;
+mod memory;
 mod options;
 mod probes;
 mod resume;
 mod schedule;
 
+pub use batches::{Batch, Order};
 pub use checkpoint::CheckpointFolder;
 pub use evaluate::Evaluation;
-pub use events::{EvalRecord, StepRecord, TrainHooks, TrainReport};
+pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport};
 pub use examples::{PrepareProblem, PrepareReason, TokenizedExample, prepare};
 pub use gates::{Gates, Severity};
+pub use memory::{MemoryPlan, readable};
 pub use options::{Keep, RowReason, TrainError, TrainOptions};
 pub use probes::{ProbeError, ProbeOptions, ProbeReport, probe};
 pub use schedule::{Decay, Schedule};
@@ -66,6 +70,7 @@ pub fn train(
     }
     check_rows(model, train, options.pack_tokens)?;
     let mut run = Run::new(model, train, validation, options)?;
+    hooks.planned(&run.outlook);
     run.resume(hooks)?;
     while !run.is_over() {
         if hooks.cancelled() {
@@ -83,6 +88,9 @@ pub fn train(
     run.finish(hooks)
 }
 
+/// Names the streams of dropout and embedding noise, so that no other use of the seed shares them.
+const DISTURB: u64 = 0x0044_4953_5455_5242;
+
 fn ids(rows: &[&TokenizedExample]) -> Vec<String> {
     rows.iter().map(|row| row.id.clone()).collect()
 }
@@ -96,6 +104,7 @@ struct Run<'a> {
     options: &'a TrainOptions,
     plan: Plan,
     schedule: Schedule,
+    outlook: RunPlan,
     adapter: Adapter,
     gradients: Gradients,
     workspace: Workspace,
@@ -116,13 +125,27 @@ impl<'a> Run<'a> {
         validation: &'a [TokenizedExample],
         options: &'a TrainOptions,
     ) -> Result<Self, TrainError> {
-        let plan = Plan::new(train.len(), options.batch_examples, options.epochs, options.seed);
-        let schedule =
-            Schedule::new(options.learning_rate, options.decay, options.warmup_ratio, plan.total_steps());
+        let lengths = train.iter().map(|row| row.tokens.len()).collect();
+        let plan = Plan::new(lengths, options.batch, options.order, options.epochs, options.seed);
+        let ratios = (options.warmup_ratio, options.decay_ratio);
+        let schedule = Schedule::new(options.learning_rate, options.decay, ratios, plan.total_steps());
         let adapter = Adapter::new(model, &options.lora)?;
         let validation_packs = Evaluation::new(model, validation, options.pack_tokens)?;
         let gradients = Gradients::new(&adapter);
-        let optimizer = AdamW::new(options.adamw, adapter.parameter_count());
+        let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
+        let watched: usize = validation.iter().map(|row| row.tokens.len()).sum();
+        let passes = (plan.largest_pass(options.pack_tokens), watched.min(options.pack_tokens));
+        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), passes, options)?;
+        let mut workspace = Workspace::default();
+        workspace.recompute_layers(memory.recomputed_layers);
+        let outlook = RunPlan {
+            steps: plan.total_steps(),
+            adapted_layers: adapter.modules().len(),
+            linear_layers: model.linear_names().len(),
+            adapted_percent: adapter.adapted_percent(),
+            trainable_parameters: adapter.parameter_count(),
+            memory,
+        };
         Ok(Self {
             model,
             train,
@@ -131,9 +154,10 @@ impl<'a> Run<'a> {
             options,
             plan,
             schedule,
+            outlook,
             adapter,
             gradients,
-            workspace: Workspace::default(),
+            workspace,
             optimizer,
             step: 0,
             losses: Vec::new(),
@@ -164,10 +188,10 @@ impl<'a> Run<'a> {
     fn advance(&mut self, hooks: &mut dyn TrainHooks) -> Result<(), TrainError> {
         let started = Instant::now();
         let train = self.train;
-        let rows: Vec<&TokenizedExample> =
-            self.plan.rows_of(self.step).iter().map(|&row| &train[row]).collect();
+        let indices = self.plan.rows_of(self.step).to_vec();
+        let rows: Vec<&TokenizedExample> = indices.iter().map(|&row| &train[row]).collect();
         let supervised_tokens = rows.iter().map(|row| row.supervised_tokens()).sum();
-        let nll = self.accumulate(&rows, supervised_tokens)?;
+        let nll = self.accumulate(&indices, supervised_tokens)?;
         let grad_norm = self.gradients.norm();
         if !grad_norm.is_finite() {
             let tensor = self.gradients.first_not_finite();
@@ -179,8 +203,13 @@ impl<'a> Run<'a> {
             self.gradients.scale(clip_factor(grad_norm, norm_max));
         }
         let learning_rate = self.schedule.at(self.step);
+        let raised = learning_rate * self.options.loraplus_ratio;
         let tensors = self.adapter.parameters_mut().zip(self.gradients.tensors());
-        self.optimizer.step(learning_rate, tensors.map(|((_, values), (_, gradient))| (values, gradient)));
+        self.optimizer.step(tensors.map(|((name, values), (_, gradient))| {
+            // LoRA+ raises all but A, as PEFT's `create_loraplus_optimizer` does.
+            let rate = if name.ends_with("lora_A.weight") { learning_rate } else { raised };
+            (rate, values, gradient)
+        }));
         let record = StepRecord {
             step: self.step + 1,
             epoch: self.plan.epoch_of(self.step) + 1,
@@ -198,26 +227,20 @@ impl<'a> Run<'a> {
     }
 
     /// Gradients of the step's mean loss over `supervised_tokens`, pack by pack; returns the summed loss.
-    fn accumulate(
-        &mut self,
-        rows: &[&TokenizedExample],
-        supervised_tokens: usize,
-    ) -> Result<f64, TrainError> {
-        let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
+    fn accumulate(&mut self, indices: &[usize], supervised_tokens: usize) -> Result<f64, TrainError> {
+        let train = self.train;
+        let lengths: Vec<usize> = indices.iter().map(|&row| train[row].tokens.len()).collect();
         let scale = 1.0 / supervised_tokens as f32;
         let (mut nll, mut counted) = (0.0, 0);
         self.gradients.zero();
         for pack in pack(&lengths, self.options.pack_tokens) {
-            let rows: Vec<&TokenizedExample> = pack.iter().map(|&row| rows[row]).collect();
+            let indices: Vec<usize> = pack.iter().map(|&row| indices[row]).collect();
+            let rows: Vec<&TokenizedExample> = indices.iter().map(|&row| &train[row]).collect();
+            let mut packed = pack_of(&rows);
+            packed.noise = self.noise(&indices);
             let loss = self
                 .model
-                .loss_and_gradients(
-                    &self.adapter,
-                    &pack_of(&rows),
-                    scale,
-                    &mut self.gradients,
-                    &mut self.workspace,
-                )
+                .loss_and_gradients(&self.adapter, &packed, scale, &mut self.gradients, &mut self.workspace)
                 .map_err(|error| TrainError::of_model(error, self.step + 1, ids(&rows)))?;
             if !loss.nll.is_finite() {
                 let what = "the loss".to_owned();
@@ -228,6 +251,17 @@ impl<'a> Run<'a> {
         }
         assert_eq!(counted, supervised_tokens, "BUG: model and trainer count supervised tokens differently");
         Ok(nll)
+    }
+
+    /// What this step disturbs in the given rows: for each a stream of its own, so that neither the rows beside it
+    /// nor the pass it is in matter.
+    fn noise(&self, rows: &[usize]) -> Option<Noise> {
+        let (dropout, neftune_alpha) = (self.options.lora.dropout, self.options.neftune_alpha);
+        (dropout > 0.0 || neftune_alpha > 0.0).then(|| {
+            let stream =
+                |&row| Random::new(&[DISTURB, self.options.seed, self.step as u64, row as u64]).next_u64();
+            Noise { dropout, neftune_alpha, streams: rows.iter().map(stream).collect() }
+        })
     }
 
     fn evaluate(&mut self, hooks: &mut dyn TrainHooks) -> Result<(), TrainError> {
@@ -282,7 +316,7 @@ impl<'a> Run<'a> {
     }
 
     fn finish(mut self, hooks: &mut dyn TrainHooks) -> Result<Trained, TrainError> {
-        let last_epoch = self.step.saturating_sub(self.plan.steps_per_epoch());
+        let last_epoch = self.step.saturating_sub(self.plan.steps_around(self.step.saturating_sub(1)));
         let train_loss = mean_loss(&self.losses[last_epoch..]).expect("every step has supervised tokens");
         if self.validation.is_empty() && train_loss < self.options.gates.loss_floor {
             self.warn(
@@ -305,6 +339,9 @@ impl<'a> Run<'a> {
                 rows: Vec::new(),
             });
         }
+        if let Some(text) = gates::unmoved(&self.adapter, &self.losses) {
+            self.warn(hooks, text);
+        }
         let tokens: u64 = self.losses.iter().map(|step| step.tokens as u64).sum();
         let step_seconds: f64 = self.losses.iter().map(|step| step.seconds).sum();
         let report = TrainReport {
@@ -318,6 +355,7 @@ impl<'a> Run<'a> {
             supervised_tokens: self.losses.iter().map(|step| step.supervised_tokens as u64).sum(),
             tokens_per_second: tokens as f64 / step_seconds.max(1e-9),
             peak_rss_bytes: peak_rss_bytes(),
+            plan: self.outlook,
             adapted_percent: self.adapter.adapted_percent(),
             trainable_parameters: self.adapter.parameter_count(),
             seconds: step_seconds + self.evals.iter().map(|eval| eval.seconds).sum::<f64>(),

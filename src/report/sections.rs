@@ -222,7 +222,7 @@ fn training(shown: &Shown<'_>) -> Result<Markup, ReportError> {
         "learning rate × 1000",
         log.steps.iter().map(|step| (step.step as f64, step.learning_rate * 1e3)).collect(),
     );
-    let measured = ["tokens_per_second", "peak_rss_bytes"];
+    let measured = ["tokens_per_second", "step_seconds", "peak_rss_bytes", "planned_memory_bytes"];
     Ok(html! {
         @for warning in &log.warnings { p .flag { (warning) } }
         figure { (chart::lines(&[losses, evals], "steps", "loss")) figcaption { "Loss in nats per supervised token." } }

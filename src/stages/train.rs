@@ -4,7 +4,9 @@
 //! and `training.json`, the loss curves. Throughput and memory are metrics, never bytes of the artifact.
 //! Bump `VERSION` when the written bytes change.
 
+mod mlflow;
 mod params;
+mod tensorboard;
 
 use std::path::Path;
 
@@ -14,14 +16,16 @@ use tunesmith_engine::generate::GenerateHooks;
 use tunesmith_engine::model::Model;
 use tunesmith_engine::tokenizer::{Message as Turn, Tokenizer};
 use tunesmith_engine::trainer::{
-    self, EvalRecord, ProbeReport, StepRecord, TokenizedExample, TrainError, TrainHooks, TrainReport, Trained,
+    self, EvalRecord, ProbeReport, RunPlan, StepRecord, TokenizedExample, TrainError, TrainHooks,
+    TrainReport, Trained, readable,
 };
-use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, StageContext, StageError, StageKind};
+use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, ParamProblem, StageContext, StageError, StageKind};
 
 use crate::corpus::{Example, Message, read_table};
 use params::Params;
+use tensorboard::Scalar;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Rows named in one error message.
 const ROWS_NAMED_MAX: usize = 5;
 
@@ -67,6 +71,10 @@ impl StageKind for Train {
         schemars::schema_for!(Params)
     }
 
+    fn check(&self, with: &serde_json::Value) -> Vec<ParamProblem> {
+        params::check(with)
+    }
+
     fn numerics(&self, _with: &serde_json::Value) -> Option<String> {
         Some(numerics())
     }
@@ -83,7 +91,14 @@ impl StageKind for Train {
         let validation = prepare(&tokenizer, &data.file("validation.jsonl")?, params.max_length())?;
         let supervised: usize = train.iter().map(TokenizedExample::supervised_tokens).sum();
         let tokens: usize = train.iter().map(|row| row.tokens.len()).sum();
-        context.info(&format!("{} rows, {tokens} tokens, {supervised} of them supervised", train.len()));
+        let least = train.iter().min_by_key(|row| row.supervised_tokens());
+        let least = least.map(|row| (row.supervised_tokens(), row.id.as_str())).unwrap_or_default();
+        context.info(&format!(
+            "{} rows, {tokens} tokens, {supervised} of them supervised, at least {} in a row (`{}`)",
+            train.len(),
+            least.0,
+            least.1
+        ));
         let model = open_model(&base.folder, context.threads)?;
         tokenizer
             .check_fits(model.config())
@@ -99,6 +114,7 @@ impl StageKind for Train {
             context.warn(warning);
         }
         write(context, &trained, &probes)?;
+        share(context, &params, &trained.report)?;
         report(context, &trained.report);
         Ok(())
     }
@@ -170,11 +186,24 @@ struct Hooks<'a, 'b> {
 }
 
 impl TrainHooks for Hooks<'_, '_> {
+    fn planned(&mut self, plan: &RunPlan) {
+        self.context.info(&format!(
+            "{} steps; adapter on {} of {} linear layers, {:.1} % of linear weights, {} trained values",
+            plan.steps,
+            plan.adapted_layers,
+            plan.linear_layers,
+            plan.adapted_percent,
+            plan.trainable_parameters
+        ));
+        self.context.info(&format!("memory: {}", plan.memory));
+    }
+
     fn step(&mut self, record: &StepRecord, total: usize) {
         let detail = format!(
-            "loss {:.3}, {:.0} tokens/s",
+            "loss {:.3}, {:.0} tokens/s, {:.2} s a step",
             record.loss,
-            record.tokens as f64 / record.seconds.max(1e-9)
+            record.tokens as f64 / record.seconds.max(1e-9),
+            record.seconds
         );
         self.context.services.progress(record.step as u64, total as u64, "steps", &detail);
     }
@@ -211,6 +240,8 @@ fn train_error(error: TrainError) -> StageError {
             .hint("lower `learning_rate`, or look at the named rows"),
         TrainError::Overfit { .. } => StageError::new("train::overfit", error.to_string())
             .hint("fewer `epochs`, a lower `learning_rate`, more varied data; or `overfit: warn` if that is what you want"),
+        TrainError::Memory { .. } => StageError::new("train::memory", error.to_string())
+            .hint("raise `memory_budget_mib`, or lower `pack_tokens` and `max_length`"),
         TrainError::Adapter(_) => StageError::new("train::adapter", error.to_string()),
         TrainError::Row { .. } => StageError::new("train::rows", error.to_string()),
         _ => StageError::new("train::failed", error.to_string()),
@@ -258,6 +289,7 @@ fn write(context: &StageContext<'_>, trained: &Trained, probes: &ProbeReport) ->
         "trainable_parameters": report.trainable_parameters,
         "adapted_percent": report.adapted_percent,
         "supervised_tokens": report.supervised_tokens,
+        "adapted_layers": format!("{} of {}", report.plan.adapted_layers, report.plan.linear_layers),
         "tokens": report.tokens,
         "kept_step": report.kept_step,
         "canary_logit_delta": probes.canary_logit_delta,
@@ -270,22 +302,66 @@ fn write(context: &StageContext<'_>, trained: &Trained, probes: &ProbeReport) ->
     Ok(())
 }
 
+/// Writes the event file and tells the tracking server, where they are asked for. A server that does not answer is
+/// a warning: the adapter is there.
+fn share(context: &StageContext<'_>, params: &Params, report: &TrainReport) -> Result<(), StageError> {
+    if !params.tensorboard && params.mlflow.is_none() {
+        return Ok(());
+    }
+    let mut scalars: Vec<Scalar> = Vec::new();
+    for step in &report.losses {
+        let mut add = |tag, value| scalars.push(Scalar { tag, step: step.step, value });
+        add("train/loss", step.loss);
+        add("train/learning_rate", step.learning_rate);
+        add("train/grad_norm", step.grad_norm);
+    }
+    scalars.extend(report.evals.iter().map(|eval| Scalar {
+        tag: "eval/loss",
+        step: eval.step,
+        value: eval.loss,
+    }));
+    if params.tensorboard {
+        let folder = context.out.join("tensorboard");
+        fs_err::create_dir_all(&folder)?;
+        fs_err::write(folder.join("events.out.tfevents.0.tunesmith"), tensorboard::event_file(&scalars))?;
+    }
+    if let Some(tracking) = &params.mlflow {
+        let with = context.with.as_object().into_iter().flatten();
+        let params = with
+            .filter(|(name, _)| *name != "mlflow")
+            .map(|(name, value)| {
+                (name.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+            })
+            .collect();
+        let record = mlflow::Record { run_name: context.stage, params, scalars: &scalars };
+        if let Err(error) = tracking.log(&record) {
+            context.warn(&error.to_string());
+        }
+    }
+    Ok(())
+}
+
 fn report(context: &StageContext<'_>, report: &TrainReport) {
+    let step_seconds =
+        report.losses.iter().map(|step| step.seconds).sum::<f64>() / report.steps.max(1) as f64;
     context.metric("loss", report.train_loss);
     context.metric("eval_loss", report.eval_loss.map_or(serde_json::Value::Null, serde_json::Value::from));
     context.metric("steps", report.steps);
     context.metric("supervised_tokens", report.supervised_tokens);
     context.metric("tokens", report.tokens);
     context.metric("tokens_per_second", report.tokens_per_second);
+    context.metric("step_seconds", step_seconds);
     context.metric("peak_rss_bytes", report.peak_rss_bytes);
+    context.metric("planned_memory_bytes", report.plan.memory.total());
+    context.metric("recomputed_layers", report.plan.memory.recomputed_layers);
     context.metric("adapted_percent", report.adapted_percent);
     context.metric("trainable_parameters", report.trainable_parameters);
     context.info(&format!(
-        "{} steps, loss {:.3}, {:.0} tokens/s, peak memory {:.0} MiB, {:.1} % of linear weights adapted",
+        "{} steps of {step_seconds:.2} s, loss {:.3}, {:.0} tokens/s, peak memory {} (planned {})",
         report.steps,
         report.train_loss,
         report.tokens_per_second,
-        report.peak_rss_bytes as f64 / 1024.0 / 1024.0,
-        report.adapted_percent
+        readable(report.peak_rss_bytes),
+        readable(report.plan.memory.total())
     ));
 }

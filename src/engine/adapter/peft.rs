@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
-use super::{Adapter, AdapterError, LinearName, Module, Targets, targets::leaf};
+use super::{Adapter, AdapterError, LinearName, Module, Shape, Targets, targets::leaf};
 use crate::model::Model;
 
 const CONFIG: &str = "adapter_config.json";
@@ -20,6 +20,22 @@ const PEFT_VERSION: &str = "0.21.2";
 /// The name of a module's tensor in PEFT's file; `half` is 'A' or 'B'.
 pub(super) fn key(module: &str, half: char) -> String {
     format!("base_model.model.{module}.lora_{half}.weight")
+}
+
+/// The name of DoRA's magnitudes of a module in PEFT's file.
+pub(super) fn magnitude_key(module: &str) -> String {
+    format!("base_model.model.{module}.lora_magnitude_vector")
+}
+
+/// A whole number as PEFT's users write one, without a fraction.
+fn number(value: f32) -> Value {
+    let whole = value.fract() == 0.0 && value.abs() < 1e9;
+    if whole { json!(value as i64) } else { json!(decimal(value)) }
+}
+
+/// The f64 whose shortest text is that of the f32: 0.1 and not 0.10000000149011612.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 impl Adapter {
@@ -41,10 +57,11 @@ impl Adapter {
     }
 
     fn peft_config(&self, base_name: &str) -> BTreeMap<&'static str, Value> {
-        let whole = self.alpha.fract() == 0.0 && self.alpha.abs() < 1e9;
-        let alpha = if whole { json!(self.alpha as i64) } else { json!(self.alpha) };
+        let shape = &self.shape;
+        let alphas: BTreeMap<&String, Value> =
+            shape.alpha_pattern.iter().map(|(key, &alpha)| (key, number(alpha))).collect();
         BTreeMap::from([
-            ("alpha_pattern", json!({})),
+            ("alpha_pattern", json!(alphas)),
             ("base_model_name_or_path", json!(base_name)),
             ("bias", json!("none")),
             ("exclude_modules", Value::Null),
@@ -54,19 +71,19 @@ impl Adapter {
             ("layers_pattern", Value::Null),
             ("layers_to_transform", Value::Null),
             ("loftq_config", json!({})),
-            ("lora_alpha", alpha),
+            ("lora_alpha", number(shape.alpha)),
             ("lora_bias", json!(false)),
-            ("lora_dropout", json!(0.0)),
+            ("lora_dropout", json!(decimal(shape.dropout))),
             ("modules_to_save", Value::Null),
             ("peft_type", json!("LORA")),
             ("peft_version", json!(PEFT_VERSION)),
-            ("r", json!(self.rank)),
-            ("rank_pattern", json!({})),
+            ("r", json!(shape.rank)),
+            ("rank_pattern", json!(shape.rank_pattern)),
             ("revision", Value::Null),
             ("target_modules", json!(self.target_modules())),
             ("task_type", json!("CAUSAL_LM")),
-            ("use_dora", json!(false)),
-            ("use_rslora", json!(self.rslora)),
+            ("use_dora", json!(shape.dora)),
+            ("use_rslora", json!(shape.rslora)),
         ])
     }
 
@@ -92,13 +109,8 @@ impl Adapter {
         let tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = self
             .modules
             .iter()
-            .flat_map(|module| {
-                let (input, out) = (module.a.len() / self.rank, module.b.len() / self.rank);
-                [
-                    (key(&module.name, 'A'), (vec![self.rank, input], bytes_of(&module.a))),
-                    (key(&module.name, 'B'), (vec![out, self.rank], bytes_of(&module.b))),
-                ]
-            })
+            .flat_map(|module| module.tensors().zip(module.shapes()))
+            .map(|((name, values), shape)| (name, (shape, bytes_of(values))))
             .collect();
         let views = tensors
             .iter()
@@ -132,19 +144,20 @@ impl Adapter {
         names.sort_unstable();
         let mut chosen = config.targets.choose(&linears)?;
         for name in &names {
-            let known = |(module, ..): &LinearName| *name == key(module, 'A') || *name == key(module, 'B');
+            let known = |(module, ..): &LinearName| {
+                *name == key(module, 'A')
+                    || *name == key(module, 'B')
+                    || (config.shape.dora && *name == magnitude_key(module))
+            };
             let Some(index) = linears.iter().position(known) else {
                 return Err(AdapterError::UnknownTensor { path, tensor: (*name).to_owned() });
             };
             chosen[index] = true;
         }
-        let mut adapter = Self::zeros(linears, &chosen, config.rank, config.alpha, config.rslora)?;
-        let rank = adapter.rank;
+        let mut adapter = Self::zeros(linears, &chosen, config.shape)?;
         for module in &mut adapter.modules {
-            let (input, out) = (module.a.len() / rank, module.b.len() / rank);
-            let halves = [('A', &mut module.a, [rank, input]), ('B', &mut module.b, [out, rank])];
-            for (half, values, shape) in halves {
-                let tensor = key(&module.name, half);
+            let shapes = module.shapes();
+            for ((tensor, values), shape) in module.tensors_mut().zip(shapes) {
                 let Ok(view) = tensors.tensor(&tensor) else {
                     return Err(AdapterError::MissingTensor { path, tensor });
                 };
@@ -152,6 +165,16 @@ impl Adapter {
             }
         }
         Ok(adapter)
+    }
+}
+
+impl Module {
+    /// The shapes of the module's tensors in PEFT's file, in their order.
+    fn shapes(&self) -> Vec<Vec<usize>> {
+        let (input, out) = (self.a.len() / self.rank, self.b.len() / self.rank);
+        let mut shapes = vec![vec![self.rank, input], vec![out, self.rank]];
+        shapes.extend(self.magnitude.as_ref().map(|_| vec![out]));
+        shapes
     }
 }
 
@@ -187,9 +210,7 @@ fn read_tensor(
 
 /// What of `adapter_config.json` decides values.
 struct PeftConfig {
-    rank: usize,
-    alpha: f32,
-    rslora: bool,
+    shape: Shape,
     targets: Targets,
 }
 
@@ -207,12 +228,9 @@ impl PeftConfig {
             return Err(unsupported("peft_type", &json!(fields.peft_type)));
         }
         for (key, value) in [
-            ("use_dora", &fields.use_dora),
             ("fan_in_fan_out", &fields.fan_in_fan_out),
             ("lora_bias", &fields.lora_bias),
             ("modules_to_save", &fields.modules_to_save),
-            ("rank_pattern", &fields.rank_pattern),
-            ("alpha_pattern", &fields.alpha_pattern),
             ("layers_to_transform", &fields.layers_to_transform),
             ("exclude_modules", &fields.exclude_modules),
         ] {
@@ -228,7 +246,16 @@ impl PeftConfig {
             }
             other => return Err(unsupported("target_modules", other)),
         };
-        Ok(Self { rank: fields.r, alpha: fields.lora_alpha, rslora: fields.use_rslora, targets })
+        let shape = Shape {
+            rank: fields.r,
+            alpha: fields.lora_alpha,
+            rslora: fields.use_rslora,
+            dora: fields.use_dora,
+            dropout: fields.lora_dropout,
+            rank_pattern: fields.rank_pattern.unwrap_or_default(),
+            alpha_pattern: fields.alpha_pattern.unwrap_or_default(),
+        };
+        Ok(Self { shape, targets })
     }
 }
 
@@ -242,7 +269,9 @@ struct Fields {
     use_rslora: bool,
     target_modules: Value,
     #[serde(default)]
-    use_dora: Value,
+    use_dora: bool,
+    #[serde(default)]
+    lora_dropout: f32,
     #[serde(default)]
     fan_in_fan_out: Value,
     #[serde(default)]
@@ -250,9 +279,9 @@ struct Fields {
     #[serde(default)]
     modules_to_save: Value,
     #[serde(default)]
-    rank_pattern: Value,
+    rank_pattern: Option<BTreeMap<String, usize>>,
     #[serde(default)]
-    alpha_pattern: Value,
+    alpha_pattern: Option<BTreeMap<String, f32>>,
     #[serde(default)]
     layers_to_transform: Value,
     #[serde(default)]
@@ -283,7 +312,8 @@ mod tests {
     }
 
     fn adapter(targets: Targets) -> Adapter {
-        let config = LoraConfig { rank: 3, alpha: 6.0, targets, rslora: true, seed: 1 };
+        let config =
+            LoraConfig { rank: 3, alpha: 6.0, targets, rslora: true, seed: 1, ..LoraConfig::default() };
         let mut adapter = Adapter::for_linears(linears(), &config).unwrap();
         adapter.modules.iter_mut().for_each(|module| module.b.fill(0.25));
         adapter
@@ -343,8 +373,8 @@ mod tests {
         {
             fs_err::write(folder.path().join(CONFIG), config.replace(from, to)).unwrap();
             let error = load(linears());
-            let expected =
-                ["lacks `base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight`", "`use_dora`"];
+            let expected = ["self_attn.v_proj.lora_A.weight`", "self_attn.q_proj.lora_magnitude_vector`"];
+            assert!(matches!(error, AdapterError::MissingTensor { .. }), "{error}");
             assert!(expected.iter().any(|text| error.to_string().contains(text)), "{error}");
         }
     }
@@ -352,7 +382,7 @@ mod tests {
     #[test]
     fn rank_that_does_not_fit_is_refused() {
         for rank in [0, 5] {
-            let config = LoraConfig { rank, alpha: 1.0, targets: Targets::Auto, rslora: false, seed: 1 };
+            let config = LoraConfig { rank, alpha: 1.0, seed: 1, ..LoraConfig::default() };
             assert!(
                 matches!(Adapter::for_linears(linears(), &config), Err(AdapterError::Rank { .. })),
                 "{rank}"

@@ -1,5 +1,7 @@
 //! Which linear layers an adapter touches. A name that matches nothing is an error, never a silent no-op.
 
+use std::collections::BTreeMap;
+
 use regex::Regex;
 
 use super::{AdapterError, LinearName};
@@ -47,6 +49,33 @@ fn choose_names(names: &[String], linears: &[LinearName]) -> Result<Vec<bool>, A
         }
     }
     if names.is_empty() { Err(AdapterError::NoTarget) } else { Ok(chosen) }
+}
+
+/// For each of `adapted`, the value of the first key of `pattern` that matches it as PEFT matches: the key, as a
+/// regular expression, against the whole name or its end after a `.`. A key that matches nothing is an error.
+pub(super) fn by_pattern<T: Copy>(
+    pattern: &'static str,
+    values: &BTreeMap<String, T>,
+    adapted: &[&str],
+) -> Result<Vec<Option<T>>, AdapterError> {
+    let mut found = vec![None; adapted.len()];
+    for (key, &value) in values {
+        let end = Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+            .map_err(|source| AdapterError::Expression { expression: key.clone(), source })?;
+        let mut matched = false;
+        for (found, _) in found.iter_mut().zip(adapted).filter(|(_, name)| end.is_match(name)) {
+            found.get_or_insert(value);
+            matched = true;
+        }
+        if !matched {
+            let mut leaves: Vec<&str> = adapted.iter().map(|name| leaf(name)).collect();
+            leaves.sort_unstable();
+            leaves.dedup();
+            let adapted = leaves.join(", ");
+            return Err(AdapterError::UnmatchedPattern { pattern, key: key.clone(), adapted });
+        }
+    }
+    Ok(found)
 }
 
 fn matches(name: &str, target: &str) -> bool {
@@ -128,5 +157,29 @@ mod tests {
             Targets::Regex("(".into()).choose(&linears()),
             Err(AdapterError::Expression { .. })
         ));
+    }
+
+    #[test]
+    fn patterns_match_as_peft_matches() {
+        let names = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.up_proj",
+        ];
+        let found = |keys: &[(&str, usize)]| {
+            let values = keys.iter().map(|(key, value)| ((*key).to_owned(), *value)).collect();
+            by_pattern("rank_pattern", &values, &names).map_err(|error| error.to_string())
+        };
+        assert_eq!(found(&[("q_proj", 2)]), Ok(vec![Some(2), Some(2), None]));
+        assert_eq!(found(&[(r"layers\.1\..*", 3)]), Ok(vec![None, Some(3), Some(3)]));
+        assert_eq!(
+            found(&[("model.layers.0.self_attn.q_proj", 4), ("q_proj", 2)]),
+            Ok(vec![Some(4), Some(2), None])
+        );
+        assert_eq!(
+            found(&[("k_proj", 2)]).unwrap_err(),
+            "`rank_pattern` names `k_proj`, which matches no adapted layer; adapted: q_proj, up_proj"
+        );
+        assert!(found(&[("_proj", 2)]).is_err(), "a key matches from a `.` on");
     }
 }

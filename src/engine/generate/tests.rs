@@ -140,7 +140,14 @@ fn streams_make_a_subset_answer_as_the_whole() {
 
 #[test]
 fn adapters_are_switched_without_reopening_the_model() {
-    let lora = LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 1 };
+    let lora = LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        targets: Targets::AllLinear,
+        rslora: false,
+        seed: 1,
+        ..LoraConfig::default()
+    };
     let mut adapter = Adapter::new(&MODEL, &lora).unwrap();
     adapter.parameters_mut().for_each(|(_, values)| values.iter_mut().for_each(|value| *value += 0.1));
     let prompts = prompts(4);

@@ -1,6 +1,7 @@
 //! The parts a decoder layer is built from. Each block has a forward and a backward over the rows of a pass,
 //! says what it saves, and knows only the backend's operations and the adapter's pairs.
 
+use super::noise::RowNoise;
 use crate::adapter::Adapter;
 use crate::backend::{Backend, Span};
 
@@ -20,4 +21,8 @@ pub(super) struct Pass<'a> {
     pub(super) positions: &'a [usize],
     /// One a sequence.
     pub(super) spans: &'a [Span],
+    /// What is disturbed on purpose; none in an exact pass.
+    pub(super) noise: Option<RowNoise>,
+    /// The model's number: what is remembered of its weights is remembered by this.
+    pub(super) model: u64,
 }

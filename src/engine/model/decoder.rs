@@ -86,10 +86,13 @@ impl Decoder {
         keep: Keep,
         mut cache: Option<(&mut KvCache, &CacheLayout)>,
     ) -> Result<(), ModelError> {
-        let Workspace { ropes, layers, stream, scratch, .. } = workspace;
+        let Workspace { ropes, layers, stream, scratch, recomputed, spare, .. } = workspace;
         pass.backend.embed(sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
         if self.embedding_multiplier != 1.0 {
             pass.backend.scale(stream, self.embedding_multiplier);
+        }
+        if let Some(noise) = &pass.noise {
+            noise.add_to_embeddings(stream);
         }
         check_finite(stream, || "model.embed_tokens".to_owned())?;
         let kept = if keep == Keep::All { self.layers.len() } else { 1 };
@@ -97,8 +100,15 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let saved = &mut layers[if keep == Keep::All { index } else { 0 }];
             let cache = cache.as_mut().map(|(cache, layout)| (&mut cache.layers[index], *layout));
+            let passes_on = keep == Keep::All && index < *recomputed;
+            if passes_on {
+                saved.swap_all_but_input(spare);
+            }
             layer.forward(pass, stream, scratch, ropes, saved, cache);
             check_finite(stream, || layer.first_not_finite(saved))?;
+            if passes_on {
+                saved.swap_all_but_input(spare);
+            }
         }
         Ok(())
     }
@@ -143,12 +153,20 @@ impl Decoder {
         gradients: &mut Gradients,
         workspace: &mut Workspace,
     ) -> Result<(), ModelError> {
-        let Workspace { ropes, layers, dstream, dadded, scratch, .. } = workspace;
+        let Workspace { ropes, layers, stream, dstream, dadded, scratch, recomputed, spare, .. } = workspace;
         let lowest = self.layers.iter().position(|layer| layer.is_adapted(pass)).unwrap_or(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let below = if index == lowest { Below::Frozen } else { Below::Adapted };
             let saved = &mut layers[index];
+            if index < *recomputed {
+                saved.swap_all_but_input(spare);
+                stream.copy_from_slice(&saved.input);
+                layer.forward(pass, stream, scratch, ropes, saved, None);
+            }
             layer.backward(pass, gradients, (&mut *dstream, &mut *dadded), scratch, ropes, saved, below);
+            if index < *recomputed {
+                saved.swap_all_but_input(spare);
+            }
             check_finite(dstream, || format!("gradient below model.layers.{index}"))?;
         }
         Ok(())

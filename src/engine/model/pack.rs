@@ -1,10 +1,11 @@
 //! What goes into a pass: sequences laid end to end, each with its own positions and its own attention.
 //! Knows nothing of texts: which tokens are supervised is decided where examples are tokenised.
 
+use super::Noise;
 use crate::backend::Span;
 
 /// Sequences of tokens, end to end.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Pack {
     /// Token ids of all sequences (T).
     pub tokens: Vec<u32>,
@@ -12,6 +13,8 @@ pub struct Pack {
     pub starts: Vec<usize>,
     /// Of row t, the next token of its sequence if that one is supervised (T).
     pub targets: Vec<Option<u32>>,
+    /// What a training pass disturbs on purpose.
+    pub noise: Option<Noise>,
 }
 
 /// The loss of a pack.
@@ -36,7 +39,7 @@ impl Pack {
     /// Packs sequences of (tokens, whether each token is supervised). A sequence's first token is never a
     /// target, for nothing precedes it.
     pub fn new(sequences: &[(&[u32], &[bool])]) -> Self {
-        let mut pack = Self { tokens: Vec::new(), starts: vec![0], targets: Vec::new() };
+        let mut pack = Self { tokens: Vec::new(), starts: vec![0], targets: Vec::new(), noise: None };
         for (tokens, supervised) in sequences {
             assert_eq!(tokens.len(), supervised.len(), "BUG: one mark a token");
             pack.tokens.extend_from_slice(tokens);

@@ -106,7 +106,14 @@ fn random_model(config: &ModelConfig, stored: Stored, device: &Compute) -> Model
 
 /// An adapter over all linears whose B is not zero.
 fn busy_adapter(model: &Model, rank: usize) -> Adapter {
-    let config = LoraConfig { rank, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 3 };
+    let config = LoraConfig {
+        rank,
+        alpha: 8.0,
+        targets: Targets::AllLinear,
+        rslora: false,
+        seed: 3,
+        ..LoraConfig::default()
+    };
     let mut adapter = Adapter::new(model, &config).unwrap();
     for (index, (name, values)) in adapter.parameters_mut().enumerate() {
         if name.contains("lora_B") {

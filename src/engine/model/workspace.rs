@@ -13,6 +13,10 @@ pub struct Workspace {
     pub(super) ropes: Vec<RopeBuffer>,
     /// One a layer while training; one for all layers otherwise.
     pub(super) layers: Vec<LayerActivations>,
+    /// How many of the lowest layers keep only their input while training, and are computed again on the way back.
+    pub(super) recomputed: usize,
+    /// What those layers share.
+    pub(super) spare: LayerActivations,
     /// The residual stream (T,C).
     pub(super) stream: Vec<f32>,
     /// The gradient of the residual stream (T,C).
@@ -21,6 +25,22 @@ pub struct Workspace {
     pub(super) dadded: Vec<f32>,
     pub(super) scratch: Scratch,
     pub(super) head: HeadBuffers,
+}
+
+impl Workspace {
+    /// Trades time for memory: of the lowest `layers` layers, training passes keep only the input and compute the
+    /// rest a second time. Not a bit of any result changes.
+    pub fn recompute_layers(&mut self, layers: usize) {
+        self.recomputed = layers;
+    }
+}
+
+impl LayerActivations {
+    /// Swaps everything but the layer's input.
+    pub(super) fn swap_all_but_input(&mut self, other: &mut Self) {
+        std::mem::swap(self, other);
+        std::mem::swap(&mut self.input, &mut other.input);
+    }
 }
 
 /// What a layer's backward needs from its forward; norms and gated products are recomputed.

@@ -7,8 +7,10 @@
 //!  0   8  magic "TSCKPT\r\n"
 //!  8   4  version
 //! 12   4  H, length of the header
-//! 16   H  header, JSON: identity, step, losses, evals, warnings, parameters P, sections S
-//!      4·P·S  f32: adapter, first moments, second moments, and with S = 4 the best adapter
+//! 16   H  header, JSON: identity, step, losses, evals, warnings, parameters P, optimizer bytes O, best adapter?
+//!    4·P  f32: adapter
+//!      O  optimizer state: f32 and 8-bit codes
+//!    4·P  f32: the best adapter, if there is one
 //!     32  BLAKE3 of everything before
 //! ```
 
@@ -19,9 +21,10 @@ use fs_err as fs;
 use serde::{Deserialize, Serialize};
 
 use super::events::{EvalRecord, StepRecord};
+use crate::optimizer::StatePart;
 
 const MAGIC: [u8; 8] = *b"TSCKPT\r\n";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const PREFIX_BYTES: usize = 16;
 const DIGEST_BYTES: usize = 32;
 /// How many checkpoints stay: the newest, and one to fall back to.
@@ -49,18 +52,28 @@ pub(super) struct Header {
     pub(super) losses: Vec<StepRecord>,
     pub(super) evals: Vec<EvalRecord>,
     pub(super) warnings: Vec<String>,
-    /// P: values of one section.
+    /// P: values of an adapter.
     pub(super) parameters: usize,
-    /// 3, or 4 with the best adapter.
-    pub(super) sections: usize,
+    /// O: bytes of the optimizer's state.
+    pub(super) optimizer_bytes: usize,
+    /// Whether the best adapter is here.
+    pub(super) has_best: bool,
+}
+
+impl Header {
+    /// Bytes between header and digest.
+    fn body_bytes(&self) -> usize {
+        4 * self.parameters * (1 + usize::from(self.has_best)) + self.optimizer_bytes
+    }
 }
 
 /// A checkpoint that was read.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Checkpoint {
     pub(super) header: Header,
-    /// P values each: the adapter, AdamW's first and second moments, and perhaps the best adapter.
-    pub(super) sections: Vec<Vec<f32>>,
+    pub(super) adapter: Vec<f32>,
+    pub(super) optimizer: Vec<u8>,
+    pub(super) best: Option<Vec<f32>>,
 }
 
 /// What a folder holds for a run.
@@ -86,17 +99,17 @@ pub(super) enum Unusable {
 
 impl CheckpointFolder {
     /// Writes a checkpoint so that a crash leaves it whole or absent, then removes all but the newest two.
-    /// `values` are the sections one after another, in any number of slices.
+    /// `parts` are adapter, optimizer and best adapter one after another, in any number of slices.
     pub(super) fn write<'a>(
         &self,
         header: &Header,
-        values: impl Iterator<Item = &'a [f32]>,
+        parts: impl Iterator<Item = StatePart<'a>>,
     ) -> std::io::Result<()> {
         fs::create_dir_all(&self.dir)?;
         let name = format!("step-{:08}.ckpt", header.step);
         let temporary = self.dir.join(format!("{name}.tmp"));
         let mut file = fs::File::create(&temporary)?;
-        encode(header, values, &mut file)?;
+        encode(header, parts, &mut file)?;
         file.sync_all()?;
         fs::rename(&temporary, self.dir.join(name))?;
         // The rename itself must survive a power cut.
@@ -145,7 +158,7 @@ impl CheckpointFolder {
 /// Writes the whole file to `out`, piece by piece: an adapter may have hundreds of megabytes.
 fn encode<'a>(
     header: &Header,
-    values: impl Iterator<Item = &'a [f32]>,
+    parts: impl Iterator<Item = StatePart<'a>>,
     out: &mut impl Write,
 ) -> std::io::Result<()> {
     let text = serde_json::to_vec(header)?;
@@ -157,11 +170,21 @@ fn encode<'a>(
     };
     put(&[&MAGIC[..], &VERSION.to_le_bytes(), &text_bytes.to_le_bytes(), &text].concat())?;
     let mut count = 0;
-    for slice in values.flat_map(|slice| slice.chunks(1 << 16)) {
-        count += slice.len();
-        put(&slice.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())?;
+    for part in parts {
+        match part {
+            StatePart::Codes(codes) => {
+                count += codes.len();
+                put(codes)?;
+            }
+            StatePart::Floats(values) => {
+                count += 4 * values.len();
+                for values in values.chunks(1 << 16) {
+                    put(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())?;
+                }
+            }
+        }
     }
-    assert_eq!(count, header.parameters * header.sections, "BUG: sections are missing values");
+    assert_eq!(count, header.body_bytes(), "BUG: a checkpoint lacks values");
     out.write_all(digest.finalize().as_bytes())
 }
 
@@ -187,15 +210,21 @@ impl Checkpoint {
         if header.identity != identity || header.parameters != parameters {
             return Err(Unusable::Foreign);
         }
-        if !(3..=4).contains(&header.sections) || values.len() != 4 * parameters * header.sections {
+        if values.len() != header.body_bytes() {
             return Err(Unusable::Damaged);
         }
-        let section = |index: usize| -> Vec<f32> {
-            let bytes = values[4 * parameters * index..][..4 * parameters].chunks_exact(4);
-            bytes.map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]])).collect()
+        let floats = |bytes: &[u8]| -> Vec<f32> {
+            let values = bytes.chunks_exact(4);
+            values.map(|value| f32::from_le_bytes([value[0], value[1], value[2], value[3]])).collect()
         };
-        let sections = (0..header.sections).map(section);
-        Ok(Self { sections: sections.collect(), header })
+        let (adapter, rest) = values.split_at(4 * parameters);
+        let (optimizer, best) = rest.split_at(header.optimizer_bytes);
+        Ok(Self {
+            adapter: floats(adapter),
+            optimizer: optimizer.to_vec(),
+            best: header.has_best.then(|| floats(best)),
+            header,
+        })
     }
 }
 
@@ -222,20 +251,26 @@ mod tests {
             evals: vec![EvalRecord { step, loss: 2.0f64.sqrt(), train_loss: 3.0f64.sqrt(), seconds: 0.1 }],
             warnings: vec!["a `gap`".into()],
             parameters: 3,
-            sections: 3,
+            optimizer_bytes: 5,
+            has_best: false,
         };
-        let sections =
-            vec![vec![1.0, -0.0, f32::MIN_POSITIVE / 2.0], vec![0.1, 0.2, 0.3], vec![0.4, 0.5, 0.6]];
-        Checkpoint { header, sections }
+        let adapter = vec![1.0, -0.0, f32::MIN_POSITIVE / 2.0];
+        Checkpoint { header, adapter, optimizer: vec![1, 2, 3, 4, 5], best: None }
+    }
+
+    fn parts(checkpoint: &Checkpoint) -> impl Iterator<Item = StatePart<'_>> {
+        [StatePart::Floats(&checkpoint.adapter), StatePart::Codes(&checkpoint.optimizer)]
+            .into_iter()
+            .chain(checkpoint.best.as_deref().map(StatePart::Floats))
     }
 
     fn write(folder: &CheckpointFolder, checkpoint: &Checkpoint) {
-        folder.write(&checkpoint.header, checkpoint.sections.iter().map(Vec::as_slice)).unwrap();
+        folder.write(&checkpoint.header, parts(checkpoint)).unwrap();
     }
 
     fn bytes_of(checkpoint: &Checkpoint) -> Vec<u8> {
         let mut bytes = Vec::new();
-        encode(&checkpoint.header, checkpoint.sections.iter().map(Vec::as_slice), &mut bytes).unwrap();
+        encode(&checkpoint.header, parts(checkpoint), &mut bytes).unwrap();
         bytes
     }
 
@@ -249,14 +284,14 @@ mod tests {
     fn every_bit_comes_back() {
         let (_dir, folder) = folder();
         let mut with_best = checkpoint(50);
-        with_best.header.sections = 4;
-        with_best.sections.push(vec![7.0, 8.0, 9.0]);
+        with_best.header.has_best = true;
+        with_best.best = Some(vec![7.0, 8.0, 9.0]);
         for written in [checkpoint(3), with_best] {
             write(&folder, &written);
             let Found { newest: read, passed_over } = folder.newest("run", 3).unwrap();
             let read = read.unwrap();
             assert_eq!(read, written);
-            assert_eq!(read.sections[0][1].to_bits(), (-0.0f32).to_bits());
+            assert_eq!(read.adapter[1].to_bits(), (-0.0f32).to_bits());
             assert!(passed_over.is_empty());
         }
     }

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::memory::MemoryPlan;
+
 /// One optimizer step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
@@ -37,8 +39,26 @@ pub struct EvalRecord {
     pub seconds: f64,
 }
 
+/// What a run is going to do, before its first step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunPlan {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Linear layers that the adapter sits on, and all there are.
+    pub adapted_layers: usize,
+    pub linear_layers: usize,
+    /// Share of the model's linear weights that an adapter pair sits on, in percent.
+    pub adapted_percent: f64,
+    /// Trained values.
+    pub trainable_parameters: usize,
+    /// What it will hold in memory.
+    pub memory: MemoryPlan,
+}
+
 /// Receives what happens in a training run. All methods but `cancelled` may be left as they are.
 pub trait TrainHooks {
+    /// The run is about to start, or to go on from a checkpoint.
+    fn planned(&mut self, _plan: &RunPlan) {}
     /// A step is done; of `total` in the run.
     fn step(&mut self, _record: &StepRecord, _total: usize) {}
     /// An evaluation is done.
@@ -83,6 +103,8 @@ pub struct TrainReport {
     pub tokens_per_second: f64,
     /// Highest resident memory of this process so far.
     pub peak_rss_bytes: u64,
+    /// What was planned.
+    pub plan: RunPlan,
     /// Share of the model's linear weights that an adapter pair sits on, in percent.
     pub adapted_percent: f64,
     /// Trained values.
@@ -90,6 +112,9 @@ pub struct TrainReport {
     /// Wall time of all steps and evaluations, those before a resume too.
     pub seconds: f64,
 }
+
+/// About what the program itself has in memory.
+const PROGRAM_BYTES: u64 = 32 << 20;
 
 /// Mean loss of `steps`, weighted by their supervised tokens; none if they have none.
 pub(super) fn mean_loss(steps: &[StepRecord]) -> Option<f64> {
@@ -108,6 +133,25 @@ pub(super) fn peak_rss_bytes() -> u64 {
     };
     let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
     u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+}
+
+/// Resident memory of this process now, in bytes, without the pages of files beyond the program's own: what counts
+/// `mapped` bytes of weights once whether they have been touched or not. The peak so far where the system does not
+/// say.
+pub(super) fn memory_before(mapped: u64) -> u64 {
+    let Ok(status) = fs_err::read_to_string("/proc/self/status") else { return peak_rss_bytes() };
+    let field = |name: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        line.trim_start_matches(':')
+            .split_whitespace()
+            .next()
+            .and_then(|kibibytes| kibibytes.parse().ok())
+            .unwrap_or(0)
+            * 1024
+    };
+    // Pages of the weights are among the file's pages as far as they have been touched; the program is not large.
+    let files = field("RssFile").min(if mapped > 0 { PROGRAM_BYTES } else { u64::MAX });
+    field("RssAnon") + files + field("RssShmem")
 }
 
 #[cfg(test)]

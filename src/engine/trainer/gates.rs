@@ -1,8 +1,9 @@
 //! The judgement over a run's losses: overfitting, the gap between training and validation, early stop, the best
-//! evaluation. Pure functions of the records so far, so a resumed run judges as an uninterrupted one. Knows no
+//! evaluation, modules that did not move. Pure functions of the records so far, so a resumed run judges as an uninterrupted one. Knows no
 //! model; what only a model can show (that it changes and that it stops) is in `probes`.
 
-use super::events::EvalRecord;
+use super::events::{EvalRecord, StepRecord};
+use crate::adapter::Adapter;
 
 /// What a failed check does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -27,11 +28,20 @@ pub struct Gates {
     pub gap: f64,
     /// Stop after this many evaluations without a new lowest loss; none to go on.
     pub patience: Option<usize>,
+    /// How much lower than the lowest so far a loss must be for patience to start anew.
+    pub min_delta: f64,
 }
 
 impl Default for Gates {
     fn default() -> Self {
-        Self { loss_floor: 0.05, rising_evals: 2, overfit: Severity::Error, gap: 1.0, patience: None }
+        Self {
+            loss_floor: 0.05,
+            rising_evals: 2,
+            overfit: Severity::Error,
+            gap: 1.0,
+            patience: None,
+            min_delta: 0.0,
+        }
     }
 }
 
@@ -44,8 +54,14 @@ impl Gates {
 
     /// True if the run has gone `patience` evaluations without a new lowest loss.
     pub fn out_of_patience(&self, evals: &[EvalRecord]) -> bool {
-        let since_best = best(evals).map_or(0, |best| evals.len() - 1 - best);
-        self.patience.is_some_and(|patience| since_best >= patience.max(1))
+        let (mut lowest, mut since) = (f64::INFINITY, 0);
+        for eval in evals {
+            since = if eval.loss < lowest - self.min_delta { 0 } else { since + 1 };
+            if since == 0 {
+                lowest = eval.loss;
+            }
+        }
+        self.patience.is_some_and(|patience| since >= patience.max(1))
     }
 
     /// Validation loss minus training loss of the last evaluation, if that is too far.
@@ -59,9 +75,53 @@ pub(super) fn best(evals: &[EvalRecord]) -> Option<usize> {
     (0..evals.len()).min_by(|&left, &right| evals[left].loss.total_cmp(&evals[right].loss))
 }
 
+/// What there is to say of adapted modules that have not moved: after a step, B differs from the zeros it began as
+/// wherever a gradient arrives. Other tools let such a no-op pass in silence.
+pub(super) fn unmoved(adapter: &Adapter, steps: &[StepRecord]) -> Option<String> {
+    const NAMED: usize = 3;
+    let stepped = steps.iter().any(|step| step.learning_rate > 0.0 && step.grad_norm > 0.0);
+    let idle: Vec<&str> = adapter
+        .modules()
+        .iter()
+        .filter(|module| stepped && module.b.iter().all(|&value| value == 0.0))
+        .map(|module| module.name.as_str())
+        .collect();
+    let named = idle.iter().take(NAMED).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let more = if idle.len() > NAMED { ", …" } else { "" };
+    (!idle.is_empty()).then(|| {
+        let all = adapter.modules().len();
+        format!("{} of {all} adapted layers have not moved: no gradient reaches {named}{more}", idle.len())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::LoraConfig;
+
+    #[test]
+    fn modules_that_did_not_move_are_named() {
+        let linears = (0..2).map(|layer| (format!("model.layers.{layer}.mlp.up_proj"), 8, 8)).collect();
+        let config = LoraConfig { rank: 2, ..LoraConfig::default() };
+        let mut adapter = Adapter::for_linears(linears, &config).unwrap();
+        adapter.parameters_mut().nth(1).unwrap().1.fill(0.5);
+        let step = |learning_rate| StepRecord {
+            step: 1,
+            epoch: 1,
+            loss: 1.0,
+            learning_rate,
+            grad_norm: 1.0,
+            tokens: 1,
+            supervised_tokens: 1,
+            seconds: 0.0,
+        };
+        let said = unmoved(&adapter, &[step(1e-4)]).unwrap();
+        assert_eq!(
+            said,
+            "1 of 2 adapted layers have not moved: no gradient reaches `model.layers.1.mlp.up_proj`"
+        );
+        assert_eq!(unmoved(&adapter, &[step(0.0)]), None, "nothing moves in a warmup of one step");
+    }
 
     fn evals(losses: &[(f64, f64)]) -> Vec<EvalRecord> {
         let record = |(index, &(train_loss, loss)): (usize, &(f64, f64))| EvalRecord {
@@ -89,6 +149,15 @@ mod tests {
         assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6)])));
         assert!(gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.5), (1.0, 1.6), (1.0, 1.5)])));
         assert!(!Gates::default().out_of_patience(&evals(&[(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)])));
+    }
+
+    #[test]
+    fn small_gains_do_not_restore_patience() {
+        let gates = Gates { patience: Some(2), min_delta: 0.1, ..Gates::default() };
+        assert!(gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.95), (1.0, 1.92)])));
+        // Small gains add up: both together are one.
+        assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 1.95), (1.0, 1.85)])));
+        assert!(!gates.out_of_patience(&evals(&[(1.0, 2.0), (1.0, 2.5), (1.0, 1.85), (1.0, 1.8)])));
     }
 
     #[test]

@@ -7,8 +7,10 @@ use crate::adapter::{AdapterError, LoraConfig};
 use crate::model::ModelError;
 use crate::optimizer::AdamWOptions;
 
+use super::batches::{Batch, Order};
 use super::checkpoint::CheckpointFolder;
 use super::gates::Gates;
+use super::memory::readable;
 use super::schedule::Decay;
 
 /// A training run.
@@ -20,8 +22,15 @@ pub struct TrainOptions {
     pub learning_rate: f64,
     /// How often each row is seen.
     pub epochs: usize,
-    /// Rows of one optimizer step.
-    pub batch_examples: usize,
+    /// B's learning rate (and that of DoRA's magnitudes) as a multiple of A's: LoRA+. 1 for plain LoRA.
+    pub loraplus_ratio: f64,
+    /// NEFTune's alpha: noise on the embeddings of training passes, in ±alpha / sqrt(tokens · channels) for each
+    /// row; 0 for none.
+    pub neftune_alpha: f32,
+    /// What goes into one optimizer step. Its loss is a mean over all of its supervised tokens.
+    pub batch: Batch,
+    /// The order of rows.
+    pub order: Order,
     /// Most tokens of one pass through the model; bounds memory. A step's rows are packed into passes of this
     /// size, and its loss is a mean over the whole step, so that only rounding depends on it.
     pub pack_tokens: usize,
@@ -29,16 +38,21 @@ pub struct TrainOptions {
     pub decay: Decay,
     /// Share of all steps during which the learning rate rises, 0 to 1.
     pub warmup_ratio: f64,
+    /// Share of all steps during which it falls, with [`Decay::Wsd`], 0 to 1.
+    pub decay_ratio: f64,
     /// The optimizer.
     pub adamw: AdamWOptions,
     /// Gradients of a larger 2-norm are scaled down to it; none to leave them.
     pub clip_norm: Option<f64>,
-    /// Orders the rows. The adapter's own seed is in `lora`.
+    /// Orders the rows and names the streams of dropout and noise. The adapter's own seed is in `lora`.
     pub seed: u64,
     /// Steps between evaluations; 0 for one at the end of each epoch. There is always one at the end.
     pub eval_every: usize,
     /// Which adapter is the result.
     pub keep: Keep,
+    /// Most memory the run may take, in bytes: layers are computed twice instead of kept as far as that needs.
+    /// Changes no result.
+    pub memory_budget: Option<u64>,
     /// Checks on the losses.
     pub gates: Gates,
     /// Where the run's state is kept; none to start anew whenever it is interrupted.
@@ -63,15 +77,20 @@ impl TrainOptions {
             lora,
             learning_rate: 2e-4,
             epochs: 1,
-            batch_examples: 8,
+            loraplus_ratio: 1.0,
+            neftune_alpha: 0.0,
+            batch: Batch::Rows(8),
+            order: Order::Shuffled,
             pack_tokens: 2048,
             decay: Decay::Cosine,
             warmup_ratio: 0.03,
+            decay_ratio: 0.2,
             adamw: AdamWOptions::default(),
             clip_norm: Some(1.0),
             seed: 0,
             eval_every: 0,
             keep: Keep::Last,
+            memory_budget: None,
             gates: Gates::default(),
             checkpoints: None,
         }
@@ -82,12 +101,23 @@ impl TrainOptions {
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let adamw = &self.adamw;
         let below_one = "at least 0 and below 1";
+        let (neftune, dropout) = (f64::from(self.neftune_alpha), f64::from(self.lora.dropout));
+        let min_delta = self.gates.min_delta;
+        let (batch_name, batch) = match self.batch {
+            Batch::Rows(rows) => ("batch_examples", rows),
+            Batch::Tokens(tokens) => ("batch_tokens", tokens),
+        };
         let checks = [
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "above 0"),
             ("epochs", self.epochs as f64, self.epochs > 0, "at least 1"),
-            ("batch_examples", self.batch_examples as f64, self.batch_examples > 0, "at least 1"),
+            ("loraplus_ratio", self.loraplus_ratio, positive(self.loraplus_ratio), "above 0"),
+            ("neftune_alpha", neftune, neftune.is_finite() && neftune >= 0.0, "at least 0"),
+            ("dropout", dropout, (0.0..=0.99).contains(&dropout), "at least 0 and at most 0.99"),
+            (batch_name, batch as f64, batch > 0, "at least 1"),
             ("pack_tokens", self.pack_tokens as f64, self.pack_tokens > 0, "at least 1"),
             ("warmup_ratio", self.warmup_ratio, (0.0..=1.0).contains(&self.warmup_ratio), "between 0 and 1"),
+            ("decay_ratio", self.decay_ratio, (0.0..=1.0).contains(&self.decay_ratio), "between 0 and 1"),
+            ("min_delta", min_delta, min_delta.is_finite() && min_delta >= 0.0, "at least 0"),
             ("beta1", adamw.beta1, (0.0..1.0).contains(&adamw.beta1), below_one),
             ("beta2", adamw.beta2, (0.0..1.0).contains(&adamw.beta2), below_one),
             ("epsilon", adamw.epsilon, positive(adamw.epsilon), "above 0"),
@@ -134,6 +164,12 @@ pub enum TrainError {
          more varied rows"
     )]
     Overfit { step: usize, train_loss: f64, eval_loss: f64, lowest: f64, lowest_step: usize },
+    /// The run does not fit the memory budget.
+    #[error(
+        "the run needs {} of memory with every layer computed twice, and `memory_budget` is {}; passes have up to \
+         {pass_tokens} tokens: lower `pack_tokens` and `max_length`", readable(*.needed), readable(*.budget)
+    )]
+    Memory { needed: u64, budget: u64, pass_tokens: usize },
     /// The caller asked to stop.
     #[error("training stopped after step {step} because it was asked to")]
     Cancelled { step: usize },
@@ -161,6 +197,7 @@ impl TrainError {
             Self::Row { .. } => "row",
             Self::NotFinite { .. } => "not_finite",
             Self::Overfit { .. } => "overfit",
+            Self::Memory { .. } => "memory",
             Self::Cancelled { .. } => "cancelled",
             Self::Checkpoint { .. } => "checkpoint",
             Self::Adapter(_) => "adapter",

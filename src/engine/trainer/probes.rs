@@ -207,7 +207,7 @@ fn dense(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{TrainOptions, prepare, train};
+    use super::super::{Batch, TrainOptions, prepare, train};
     use super::*;
     use crate::adapter::{LoraConfig, Targets};
     use crate::backend::{BackendKind, Compute};
@@ -218,7 +218,14 @@ mod tests {
     }
 
     fn lora() -> LoraConfig {
-        LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 1 }
+        LoraConfig {
+            rank: 4,
+            alpha: 8.0,
+            targets: Targets::AllLinear,
+            rslora: false,
+            seed: 1,
+            ..LoraConfig::default()
+        }
     }
 
     fn report(asked: usize, endless: usize, spoke: usize) -> ProbeReport {
@@ -318,8 +325,12 @@ mod tests {
         let rows = prepare(&tokenizer, &conversations, 60).unwrap();
         let problems = prepare(&tokenizer, &[conversations[0].clone(), row("one", "")], 5).unwrap_err();
         assert!(problems[0].to_string().starts_with("row `one` has"), "{}", problems[0]);
-        let train_options =
-            TrainOptions { learning_rate: 1e-2, epochs: 40, batch_examples: 4, ..TrainOptions::new(lora()) };
+        let train_options = TrainOptions {
+            learning_rate: 1e-2,
+            epochs: 40,
+            batch: Batch::Rows(4),
+            ..TrainOptions::new(lora())
+        };
         let trained = train(&model, &rows, &[], &train_options, &mut ()).unwrap().adapter;
         let options = ProbeOptions { max_new_tokens: 20, stopped_share: 1.0, ..ProbeOptions::default() };
         let found = probe(&model, &trained, &tokenizer, &rows, &options, &mut ()).unwrap();

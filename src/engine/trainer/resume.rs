@@ -2,7 +2,7 @@
 //! The file itself is `checkpoint`'s.
 
 use crate::adapter::Adapter;
-use crate::optimizer::AdamW;
+use crate::optimizer::StatePart;
 
 use super::checkpoint::Header;
 use super::events::TrainHooks;
@@ -24,12 +24,13 @@ impl Run<'_> {
         let Some(checkpoint) = found.newest else {
             return Ok(());
         };
-        let mut sections = checkpoint.sections.into_iter();
-        let mut section = || sections.next().expect("a checkpoint has at least three sections");
-        set_values(&mut self.adapter, &section());
+        if !self.optimizer.resume(checkpoint.header.step as u64, &checkpoint.optimizer) {
+            let source = std::io::Error::other("the optimizer's state is of another size");
+            return Err(TrainError::Checkpoint { dir: folder.dir.clone(), source });
+        }
+        set_values(&mut self.adapter, &checkpoint.adapter);
         self.step = checkpoint.header.step;
-        self.optimizer = AdamW::resume(self.options.adamw, self.step as u64, section(), section());
-        self.best = sections.next().filter(|_| self.options.keep == Keep::Best);
+        self.best = checkpoint.best.filter(|_| self.options.keep == Keep::Best);
         self.losses = checkpoint.header.losses;
         self.evals = checkpoint.header.evals;
         self.warnings = checkpoint.header.warnings;
@@ -48,22 +49,22 @@ impl Run<'_> {
             evals: self.evals.clone(),
             warnings: self.warnings.clone(),
             parameters: self.adapter.parameter_count(),
-            sections: if self.best.is_some() { 4 } else { 3 },
+            optimizer_bytes: self.optimizer.state_bytes(),
+            has_best: self.best.is_some(),
         };
-        let (first, second) = self.optimizer.moments();
-        let adapter = self.adapter.parameters().map(|(_, values)| values);
-        let values = adapter.chain([first, second]).chain(self.best.as_deref());
+        let adapter = self.adapter.parameters().map(|(_, values)| StatePart::Floats(values));
+        let best = self.best.as_deref().map(StatePart::Floats);
         folder
-            .write(&header, values)
+            .write(&header, adapter.chain(self.optimizer.state()).chain(best))
             .map_err(|source| TrainError::Checkpoint { dir: folder.dir.clone(), source })
     }
 
     /// The digest of all that the run's result depends on.
     fn identity(&self) -> String {
         let mut parts = Parts(blake3::Hasher::new());
-        parts.add(b"training 1");
+        parts.add(b"training 2");
         // `Debug` of a float is its shortest text that reads back as the same bits.
-        let options = TrainOptions { checkpoints: None, ..self.options.clone() };
+        let options = TrainOptions { checkpoints: None, memory_budget: None, ..self.options.clone() };
         parts.add(format!("{options:?}").as_bytes());
         let base = self.options.checkpoints.as_ref().map_or("", |folder| folder.identity.as_str());
         parts.add(base.as_bytes());

@@ -11,7 +11,9 @@ use super::*;
 use crate::adapter::{LoraConfig, Targets};
 use crate::backend::{BackendKind, Compute};
 use crate::optimizer::AdamWOptions;
-use crate::random::Random;
+
+mod memory;
+mod variants;
 
 fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path)
@@ -24,7 +26,14 @@ fn model(threads: usize) -> Model {
 static MODEL: LazyLock<Model> = LazyLock::new(|| model(1));
 
 fn lora() -> LoraConfig {
-    LoraConfig { rank: 4, alpha: 8.0, targets: Targets::AllLinear, rslora: false, seed: 3 }
+    LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        targets: Targets::AllLinear,
+        rslora: false,
+        seed: 3,
+        ..LoraConfig::default()
+    }
 }
 
 /// Rows of random tokens, 6 to 20 long; about the later half is supervised.
@@ -45,7 +54,7 @@ fn options() -> TrainOptions {
     TrainOptions {
         learning_rate: 5e-3,
         epochs: 2,
-        batch_examples: 4,
+        batch: Batch::Rows(4),
         pack_tokens: 40,
         seed: 11,
         ..TrainOptions::new(lora())
@@ -122,7 +131,7 @@ fn three_steps_give_peft_s_losses_norms_and_adapter() {
     // Exactly the generator's run: both rows in each step, constant learning rate, weight decay 0.01, clip at 1.
     let options = TrainOptions {
         epochs: 3,
-        batch_examples: 2,
+        batch: Batch::Rows(2),
         pack_tokens: 64,
         decay: Decay::Constant,
         warmup_ratio: 0.0,
@@ -340,7 +349,7 @@ fn memorising_two_rows_is_overfitting() {
     let options = TrainOptions {
         learning_rate: 2e-2,
         epochs: 200,
-        batch_examples: 2,
+        batch: Batch::Rows(2),
         decay: Decay::Constant,
         eval_every: 5,
         ..options()

@@ -127,6 +127,26 @@ fn cached_decoding_of_many_is_the_whole_pass_of_each() {
 }
 
 #[test]
+fn forked_sequence_goes_on_as_the_one_it_came_from() {
+    for (family, stored, device) in models() {
+        let model = random_model(&family, stored, &device);
+        let (adapter, mut workspace) = (busy_adapter(&model, 3), Workspace::default());
+        let mut cache = model.new_cache(2, 20);
+        let mut extend = |cache: &mut _, tokens: [&[u32]; 2]| {
+            model.extend(Some(&adapter), cache, &tokens, &mut workspace).unwrap()
+        };
+        extend(&mut cache, [&[5, 9, 2, 7], &[]]);
+        cache.fork(0, 1);
+        assert_eq!(cache.lengths(), [4, 4]);
+        let both = extend(&mut cache, [&[3, 1], &[3, 1]]);
+        let (first, second) = (both[0].as_ref().unwrap(), both[1].as_ref().unwrap());
+        assert!(worst(first, second) < 1e-6, "{}", family.model_type);
+        let apart = extend(&mut cache, [&[8], &[4]]);
+        assert_ne!(apart[0], apart[1], "{}", family.model_type);
+    }
+}
+
+#[test]
 fn failed_pass_leaves_the_cache_as_it_was() {
     for family in odd_configs() {
         let model = random_model(&family, Stored::F32, &CPU);
@@ -221,8 +241,8 @@ fn partial_adapter_has_the_gradients_it_has_in_the_whole() {
             rank: 3,
             alpha: 8.0,
             targets: Targets::Regex(targets.into()),
-            rslora: false,
             seed: 3,
+            ..LoraConfig::default()
         };
         let mut part = Adapter::new(&model, &config).unwrap();
         for (index, (_, values)) in part.parameters_mut().enumerate() {
