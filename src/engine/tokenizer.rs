@@ -15,10 +15,12 @@ pub mod template;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use regex::Regex;
+use serde::de::IgnoredAny;
 use thiserror::Error;
 use tokenizers::PostProcessorWrapper;
 
@@ -157,11 +159,12 @@ impl Tokenizer {
     /// `path` is named in errors.
     fn new(path: &Path, json: &str, mut settings: Settings) -> Result<Self, TokenizerError> {
         let invalid = |cause: String| TokenizerError::Invalid { path: path.to_owned(), cause };
-        let mut inner: tokenizers::Tokenizer =
-            json.parse().map_err(|error: tokenizers::Error| invalid(error.to_string()))?;
+        // The library panics on some texts that are no JSON at all.
+        serde_json::from_str::<IgnoredAny>(json).map_err(|error| invalid(error.to_string()))?;
+        let mut inner: tokenizers::Tokenizer = guarded(|| json.parse()).map_err(invalid)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
-        let prefix = inner.encode("", true).map_err(|error| invalid(error.to_string()))?;
+        let prefix = guarded(|| inner.encode("", true)).map_err(invalid)?;
         let post_processor = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
@@ -228,17 +231,14 @@ impl Tokenizer {
                 literal
             }),
         };
-        let encoding = tokenizer
-            .encode_fast(text, false)
-            .map_err(|error| TokenizerError::Encode { cause: error.to_string() })?;
+        let encoding = guarded(|| tokenizer.encode_fast(text, false))
+            .map_err(|cause| TokenizerError::Encode { cause })?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids`; ids beyond the vocabulary have none. `skip_special` leaves special tokens out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| TokenizerError::Decode { cause: error.to_string() })
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|cause| TokenizerError::Decode { cause })
     }
 
     /// Token ids to generate an answer from: the rendered conversation with the generation prompt, begun with
@@ -369,6 +369,14 @@ impl Tokenizer {
             ids.extend(last.map(|last| supervised.tokens[last]));
         }
         ids.into_iter().collect()
+    }
+}
+
+/// Calls the tokenizers library, which panics on some files whose parts contradict each other.
+fn guarded<T>(call: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("its parts contradict each other; hint: take `tokenizer.json` anew".to_owned()),
     }
 }
 

@@ -2,7 +2,8 @@
 
     python tokenizer_golden.py
 
-cuts.json         pieces of texts under each `tokenizer.ggml.pre`, by Python's `regex` with llama.cpp's patterns
+cuts.json         pieces of texts under each `tokenizer.ggml.pre`, by Python's `regex`; the patterns are those of
+                  transformers' integrations/gguf (Apache-2.0), digits cut off first where `smollm` and its like do
 spm_llama.gguf    a tiny SentencePiece BPE vocabulary as Llama 2 has it: a space before the text, byte fallback
 spm_gemma.gguf    the same as Gemma has it: no space, runs of spaces and line breaks as tokens of their own
 spm_*.json        texts, the ids and the text back, by the sentencepiece library (0.2.3), special tokens cut out first
@@ -46,12 +47,6 @@ CUTS = {
     **dict.fromkeys(["smollm", "refact", "starcoder", "codeshell"], [r"\p{N}", GPT2]),
     **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "dbrx", "smaug-bpe"], LLAMA3),
     **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2"], QWEN2),
-    "deepseek-v3": [
-        r"\p{N}{1,3}",
-        "[一-龥぀-ゟ゠-ヿ]+",
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    ],
-    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"],
     "tekken": [words("") + r"\p{N}|" + REST_SLASH],
     **dict.fromkeys(["gpt-4o", "llama4"], [words(CONTRACTIONS + "?") + r"\p{N}{1,3}|" + REST_SLASH]),
 }

@@ -11,7 +11,7 @@
 //! ```
 
 use crate::tokenizer::template::Message;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{Tokenizer, TokenizerError, guarded};
 
 /// A tokenised conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,10 +38,8 @@ impl Tokenizer {
     pub fn supervise(&self, messages: &[Message]) -> Result<Supervised, TokenizerError> {
         self.refuse_specials(messages)?;
         let text = self.render(messages, false)?;
-        let encoding = self
-            .inner
-            .encode(text.as_str(), false)
-            .map_err(|error| TokenizerError::Encode { cause: error.to_string() })?;
+        let encoding = guarded(|| self.inner.encode(text.as_str(), false))
+            .map_err(|cause| TokenizerError::Encode { cause })?;
         let ids = encoding.get_ids();
         let offsets = encoding.get_offsets();
         let mut supervised = vec![false; ids.len()];

@@ -154,6 +154,15 @@ fn what_cannot_be_read_is_refused_by_name() {
     assert!(Tokenizer::open(folder.path()).err().unwrap().to_string().contains("SentencePiece"));
     std::fs::write(folder.path().join("tokenizer.json"), b"{}").unwrap();
     assert!(matches!(Tokenizer::open(folder.path()), Err(TokenizerError::Invalid { .. })));
+    open(&tiny_llama(F32)).unwrap().save(folder.path()).unwrap();
+    let json = std::fs::read_to_string(folder.path().join("tokenizer.json")).unwrap();
+    for (from, to) in
+        [("\"decoder\": {", "\"decoder\": {,"), ("\"ByteLevel\"", "\"Odd\""), ("\"vocab\"", "\"v\"")]
+    {
+        std::fs::write(folder.path().join("tokenizer.json"), json.replace(from, to)).unwrap();
+        let error = Tokenizer::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json`: "), "{error}");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use serde_json::{Value as Json, json};
 
 /// Names that `Cut::named` knows, for errors.
-pub(super) const SUPPORTED: &str = "gpt-2, phi-2, olmo, mpt, smollm, refact, starcoder, codeshell, llama-bpe, llama3, llama-v3, falcon3, lfm2, dbrx, smaug-bpe, qwen2, deepseek-r1-qwen, stablelm2, deepseek-v3, deepseek-coder, tekken, gpt-4o, llama4";
+pub(super) const SUPPORTED: &str = "gpt-2, phi-2, olmo, mpt, smollm, refact, starcoder, codeshell, llama-bpe, llama3, llama-v3, falcon3, lfm2, dbrx, smaug-bpe, qwen2, deepseek-r1-qwen, stablelm2, tekken, gpt-4o, llama4";
 
 /// Llama 3 takes digits by three, Qwen 2 one by one.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -15,14 +15,6 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 /// Words are cut where lower case turns to upper; Mistral takes digits one by one, GPT-4o by three.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const DEEPSEEK_V3: [&str; 3] = [
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
-];
-const DEEPSEEK_CODER: [&str; 5] =
-    [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-\u{d7ff}]+", r"\p{N}"];
-
 /// How text is cut before byte-pair encoding.
 pub(super) struct Cut {
     pub(super) pre_tokenizer: Json,
@@ -48,17 +40,15 @@ impl Cut {
                 plain(json!({"type": "Sequence", "pretokenizers": [digits, byte_level(true)]}))
             }
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "lfm2" => {
-                Self { ignore_merges: true, adds_bos: true, ..plain(splits(&[LLAMA3])) }
+                Self { ignore_merges: true, adds_bos: true, ..plain(split(LLAMA3)) }
             }
-            "dbrx" | "smaug-bpe" => plain(splits(&[LLAMA3])),
+            "dbrx" | "smaug-bpe" => plain(split(LLAMA3)),
             "qwen2" | "deepseek-r1-qwen" => {
-                Self { normalizer: json!({"type": "NFC"}), ..plain(splits(&[QWEN2])) }
+                Self { normalizer: json!({"type": "NFC"}), ..plain(split(QWEN2)) }
             }
-            "stablelm2" => plain(splits(&[QWEN2])),
-            "deepseek-v3" => plain(splits(&DEEPSEEK_V3)),
-            "deepseek-coder" => plain(splits(&DEEPSEEK_CODER)),
-            "tekken" => Self { ignore_merges: true, adds_bos: true, ..plain(splits(&[TEKKEN])) },
-            "gpt-4o" | "llama4" => plain(splits(&[GPT4O])),
+            "stablelm2" => plain(split(QWEN2)),
+            "tekken" => Self { ignore_merges: true, adds_bos: true, ..plain(split(TEKKEN)) },
+            "gpt-4o" | "llama4" => plain(split(GPT4O)),
             _ => return None,
         })
     }
@@ -68,12 +58,12 @@ fn byte_level(use_regex: bool) -> Json {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
-/// Each pattern in turn cuts the pieces the one before has left.
-fn splits(patterns: &[&str]) -> Json {
-    let split = |pattern| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    let mut steps: Vec<Json> = patterns.iter().map(split).collect();
-    steps.push(byte_level(false));
-    json!({"type": "Sequence", "pretokenizers": steps})
+/// Matches of the pattern are pieces, and so is what lies between them.
+fn split(pattern: &str) -> Json {
+    json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+        byte_level(false),
+    ]})
 }
 
 #[cfg(test)]
@@ -84,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    /// Pieces as Python's `regex` cuts them with llama.cpp's patterns (`tests/golden/tokenizer_golden.py`).
+    /// Pieces as Python's `regex` cuts them with each name's patterns (`tests/golden/tokenizer_golden.py`).
     #[test]
     fn text_is_cut_as_llama_cpp_cuts_it() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tokenizer/cuts.json");

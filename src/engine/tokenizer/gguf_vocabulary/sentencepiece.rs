@@ -104,7 +104,7 @@ mod tests {
 
     use crate::format::gguf::Value;
     use crate::format::gguf_writer::{F32, tiny_llama};
-    use crate::tokenizer::{Specials, Tokenizer};
+    use crate::tokenizer::{Message, Specials, Tokenizer};
 
     #[derive(Deserialize)]
     struct Case {
@@ -143,6 +143,30 @@ mod tests {
     #[test]
     fn gemma_vocabulary_gives_sentencepiece_ids() {
         check("spm_gemma");
+    }
+
+    #[test]
+    fn answers_are_told_apart_where_spaces_are_rewritten() {
+        for name in ["spm_llama", "spm_gemma"] {
+            let folder = tempfile::tempdir().unwrap();
+            Tokenizer::open(&golden(&format!("{name}.gguf"))).unwrap().save(folder.path()).unwrap();
+            let template = "{% for m in messages %}{{ '[' + m.role + ']: ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]:{% endif %}";
+            std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+            let tokenizer = Tokenizer::open(folder.path()).unwrap();
+            let chat = [Message::new("user", "日本 and 12"), Message::new("assistant", " The quick fox.")];
+            let supervised = tokenizer.supervise(&chat).unwrap();
+            let ids: Vec<u32> = supervised
+                .tokens
+                .iter()
+                .zip(&supervised.supervised)
+                .filter_map(|(id, learnt)| learnt.then_some(*id))
+                .collect();
+            assert_eq!(tokenizer.decode(&ids, false).unwrap().trim_start(), "The quick fox.</s>", "{name}");
+            let prompt = tokenizer.prompt_ids(&chat[..1]).unwrap();
+            assert_eq!(prompt, supervised.tokens[..prompt.len()], "{name}");
+            assert_eq!(prompt.len() + ids.len(), supervised.tokens.len(), "{name}");
+            assert_eq!(prompt.iter().filter(|&&id| Some(id) == tokenizer.bos_id()).count(), 1);
+        }
     }
 
     #[test]
