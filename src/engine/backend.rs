@@ -350,8 +350,8 @@ pub trait Backend: Send + Sync {
     /// The inverse of [`Backend::split`]: x (rows, sum of widths) = the parts side by side.
     fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize);
 
-    /// y (T,C) = silu(bias + Σ_k weight[k] * x[t - K + 1 + k]), rows before a span's first being those of its
-    /// slot, or zero. Overwrites the rows of its spans.
+    /// y (T,C) = `silu(bias + Σ weight[k] * x[t - K + 1 + k])`, the sum over the taps k. Rows before a span's
+    /// first are those of its slot, or zero. Overwrites the rows of its spans.
     fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>);
 
     /// dx (T,C) = the gradient through [`Backend::causal_conv`] of dy (T,C), spans beginning at zero.

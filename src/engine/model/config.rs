@@ -407,6 +407,9 @@ impl MambaOptions {
                 return Err(invalid(field, &size, "a positive whole number below 16777217"));
             }
         }
+        if self.conv_channels() as u64 > DIMENSION_MAX {
+            return Err(invalid("mamba_d_state", &self.states, "fewer than 16777217 channels in all"));
+        }
         if !self.heads.is_multiple_of(self.groups) {
             return Err(invalid("mamba_n_groups", &self.groups, "a divisor of mamba_n_heads"));
         }

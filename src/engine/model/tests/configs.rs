@@ -72,6 +72,15 @@ fn written_descriptions_read_back_equal() {
 }
 
 #[test]
+fn every_family_has_golden_values() {
+    for family in crate::model::families::FAMILIES {
+        // A multimodal wrapper is read as the family of its language model.
+        let wrapper = family.architecture.ends_with("ForConditionalGeneration");
+        assert!(wrapper || super::GOLDEN.contains(&family.model_type), "{}", family.model_type);
+    }
+}
+
+#[test]
 fn what_a_family_cannot_compute_is_refused_by_field() {
     for (model_type, field, value) in [
         ("granitemoehybrid", "num_local_experts", json!(8)),
@@ -79,6 +88,8 @@ fn what_a_family_cannot_compute_is_refused_by_field() {
         ("granitemoehybrid", "position_embedding_type", json!("alibi")),
         ("granitemoehybrid", "mamba_n_heads", json!(9)),
         ("granitemoehybrid", "mamba_n_groups", json!(3)),
+        ("granitemoehybrid", "mamba_d_state", json!(1 << 24)),
+        ("granitemoehybrid", "mamba_d_conv", json!(1)),
         ("granitemoehybrid", "time_step_limit", json!([1.0, 0.5])),
         ("granitemoehybrid", "layer_types", json!(["mamba", "attention"])),
         ("qwen2", "layer_types", json!(["full_attention", "full_attention", "linear_attention"])),

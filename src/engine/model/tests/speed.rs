@@ -71,6 +71,32 @@ fn decoding() {
     }
 }
 
+/// One layer of the shape of Granite 4.0 H Micro.
+#[test]
+#[ignore = "a measurement"]
+fn mamba_layer() {
+    for kind in ["mamba", "attention"] {
+        let config = serde_json::json!({"model_type": "granitemoehybrid", "layer_types": [kind],
+            "hidden_size": 2048, "shared_intermediate_size": 8192, "num_hidden_layers": 1,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 1024, "num_local_experts": 0,
+            "mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "tie_word_embeddings": true});
+        let config = ModelConfig::from_json(&config.to_string()).unwrap();
+        let model = random_model(&config, Stored::Nf4, &Compute { threads: threads(), ..CPU });
+        let adapter = busy_adapter(&model, 16);
+        let tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 500.0) as u32).collect();
+        let pack = Pack::new(&[(&tokens, &[true; 512])]);
+        let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
+        for _ in 0..3 {
+            let start = cpu_seconds();
+            model.loss(Some(&adapter), &pack, &mut workspace).unwrap();
+            let forward = cpu_seconds() - start;
+            model.loss_and_gradients(&adapter, &pack, 1e-3, &mut gradients, &mut workspace).unwrap();
+            let step = cpu_seconds() - start - forward;
+            println!("{kind}: forward {forward:.2} core-seconds, step {step:.2} core-seconds for 512 tokens");
+        }
+    }
+}
+
 /// Time all threads have spent computing: what counts on a machine that others use too.
 fn cpu_seconds() -> f64 {
     let stat = fs_err::read_to_string("/proc/self/stat").unwrap_or_default();
