@@ -183,6 +183,12 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
         let b = product.b.add(panel * product.b_panel);
         let (a_row, a_depth, b_depth) = (product.a_row, product.a_depth, product.b_depth);
         let offset = |j: usize| j / ACROSS * product.b_panel + j % ACROSS * LANES;
+        let c = product.c.wrapping_add(row * product.c_row + panel * PANEL);
+        for i in 0..M {
+            // A row of the tile lies across at most two lines.
+            V::prefetch(c.wrapping_add(i * product.c_row).cast());
+            V::prefetch(c.wrapping_add(i * product.c_row + PANEL - 1).cast());
+        }
         let mut sums = [[V::splat(0.0); N]; M];
         for k in 0..product.depth {
             let (a, b) = (a.add(k * a_depth), b.add(k * b_depth));
@@ -198,7 +204,6 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
             }
         }
         let scale = V::splat(product.scale);
-        let c = product.c.add(row * product.c_row + panel * PANEL);
         if product.cols - panel * PANEL < N * LANES {
             narrow(product, c, product.cols - panel * PANEL, &sums, scale);
             return 1;

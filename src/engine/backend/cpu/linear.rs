@@ -8,8 +8,9 @@ use super::product::{Operand, Output, Panels, SWEEP, Shared, multiply, product};
 use super::{Cpu, Lora, LoraGradient, Write, scratch};
 use crate::matrix::Matrix;
 
-/// Most outputs of a task: a sweep of decoded weights takes less than half the second-level cache.
-const TILE: usize = 192;
+/// Most outputs of a task: a sweep of decoded weights, the rows that pass by it and their results share the
+/// second-level cache.
+const TILE: usize = 96;
 /// Tokens of a task: weights decoded once serve this many.
 const TOKENS: usize = 512;
 /// Up to so many tokens, decoded weights are used at once, while they are in the first-level cache.
@@ -31,7 +32,7 @@ pub(super) fn backward(cpu: &Cpu, dx: &mut [f32], dy: &[f32], weight: &Matrix, w
 
 /// Outputs of a task: enough tasks for the threads to end together. Any cut gives the same bits.
 fn tile_of(outputs: usize, threads: usize) -> usize {
-    let tiles = outputs.div_ceil(TILE).next_multiple_of(2 * threads);
+    let tiles = outputs.div_ceil(TILE).next_multiple_of(threads);
     outputs.div_ceil(tiles).next_multiple_of(panel::WIDTH)
 }
 

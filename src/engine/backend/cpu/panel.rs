@@ -44,7 +44,7 @@ pub(super) fn decode(
     assert!(out.len() >= size(cols.len(), depth.len()), "BUG: no room for panels");
     let values = weight.rows * weight.cols;
     let in_row = if side == Side::Rows { &depth } else { &cols };
-    if [weight.cols, in_row.start, in_row.len()].iter().any(|number| number % LANES != 0) {
+    if [weight.cols, in_row.start, in_row.len()].iter().any(|number| !number.is_multiple_of(LANES)) {
         return ragged(weight, side, cols, depth, out);
     }
     macro_rules! pack {
@@ -58,21 +58,21 @@ pub(super) fn decode(
     match &weight.values {
         Values::F32(bytes) => {
             assert!(bytes.as_slice().len() >= values * 4, "BUG: a weight lacks values");
-            pack!(F32Bytes(bytes.as_slice().as_ptr()))
+            pack!(F32Bytes(bytes.as_slice().as_ptr()));
         }
         Values::Bf16(bytes) => {
             assert!(bytes.as_slice().len() >= values * 2, "BUG: a weight lacks values");
-            pack!(Bf16(bytes.as_slice().as_ptr()))
+            pack!(Bf16(bytes.as_slice().as_ptr()));
         }
         Values::F16(bytes) => {
             assert!(bytes.as_slice().len() >= values * 2, "BUG: a weight lacks values");
-            pack!(F16(bytes.as_slice().as_ptr()))
+            pack!(F16(bytes.as_slice().as_ptr()));
         }
         Values::Nf4(nf4) => {
             let packed = nf4.packed.as_slice();
             assert!(packed.len() * 2 >= values, "BUG: a weight lacks codes");
             assert!(nf4.absmax.len() * quant::BLOCK >= values, "BUG: a weight lacks scales");
-            pack!(Nf4(packed.as_ptr(), nf4.absmax.as_ptr()))
+            pack!(Nf4(packed.as_ptr(), nf4.absmax.as_ptr()));
         }
     }
 }
@@ -234,7 +234,7 @@ impl Encoding for Nf4 {
     #[inline(always)]
     unsafe fn transpose<V: Vector>(self, start: usize, stride: usize, depth: usize, out: *mut f32) -> usize {
         // 32 steps share a block in every row only where rows and start are multiples of 32.
-        if start % 32 != 0 || stride % 32 != 0 {
+        if !start.is_multiple_of(32) || !stride.is_multiple_of(32) {
             return 0;
         }
         let whole = depth / 32 * 32;
@@ -302,9 +302,11 @@ unsafe fn rows<V: Vector, E: Encoding, const FULL: bool>(
     depth: usize,
     out: &mut [f32],
 ) {
-    // SAFETY: the panel is full, and has room for its depth.
-    let done =
-        if FULL { unsafe { encoding.transpose::<V>(start, stride, depth, out.as_mut_ptr()) } } else { 0 };
+    let done = match FULL {
+        // SAFETY: the panel has sixteen rows, and `out` room for its depth.
+        true => unsafe { encoding.transpose::<V>(start, stride, depth, out.as_mut_ptr()) },
+        false => 0,
+    };
     for half in [0, LANES] {
         for k in (done..depth).step_by(LANES) {
             // SAFETY: rows beyond the width are not read; eight steps of sixteen are within the panel.
