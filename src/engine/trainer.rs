@@ -135,7 +135,12 @@ impl<'a> Run<'a> {
         let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
         let watched: usize = validation.iter().map(|row| row.tokens.len()).sum();
         let passes = (plan.largest_pass(options.pack_tokens), watched.min(options.pack_tokens));
-        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), passes, options)?;
+        let (mut tokens, mut supervised) = (0, 0);
+        for row in train {
+            (tokens, supervised) = (tokens + row.tokens.len(), supervised + row.supervised_tokens());
+        }
+        let share = supervised as f64 / tokens.max(1) as f64;
+        let memory = memory::plan(model, &adapter, optimizer.state_bytes(), passes, share, options)?;
         let mut workspace = Workspace::default();
         workspace.recompute_layers(memory.recomputed_layers);
         let outlook = RunPlan {

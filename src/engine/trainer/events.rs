@@ -123,8 +123,12 @@ pub(super) fn mean_loss(steps: &[StepRecord]) -> Option<f64> {
     (supervised > 0).then(|| nll / supervised as f64)
 }
 
-/// Highest resident memory of this process so far, in bytes; 0 where the system does not say.
+/// Highest resident memory of this process so far, in bytes; 0 where the system does not say. On Linux not from
+/// `getrusage`, whose peak begins at that of the process that started this one.
 pub(super) fn peak_rss_bytes() -> u64 {
+    if let Some(peak) = process_status().and_then(|status| status.bytes("VmHWM:")) {
+        return peak;
+    }
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: `getrusage` writes one `rusage` to the pointer, which is valid for it; all zeroes is a valid value.
     let usage = unsafe {
@@ -135,23 +139,29 @@ pub(super) fn peak_rss_bytes() -> u64 {
     u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
 }
 
-/// Resident memory of this process now, in bytes, without the pages of files beyond the program's own: what counts
-/// `mapped` bytes of weights once whether they have been touched or not. The peak so far where the system does not
-/// say.
+/// Resident memory of this process now, in bytes, less what is there of `mapped` bytes of weights; the peak so far
+/// where the system does not say.
 pub(super) fn memory_before(mapped: u64) -> u64 {
-    let Ok(status) = fs_err::read_to_string("/proc/self/status") else { return peak_rss_bytes() };
-    let field = |name: &str| -> u64 {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
-        line.trim_start_matches(':')
-            .split_whitespace()
-            .next()
-            .and_then(|kibibytes| kibibytes.parse().ok())
-            .unwrap_or(0)
-            * 1024
-    };
-    // Pages of the weights are among the file's pages as far as they have been touched; the program is not large.
-    let files = field("RssFile").min(if mapped > 0 { PROGRAM_BYTES } else { u64::MAX });
-    field("RssAnon") + files + field("RssShmem")
+    let Some(status) = process_status() else { return peak_rss_bytes() };
+    let bytes = |field| status.bytes(field).unwrap_or(0);
+    // Touched pages of the weights are among the files' pages; the program's own are few.
+    let files = bytes("RssFile:").min(if mapped > 0 { PROGRAM_BYTES } else { u64::MAX });
+    bytes("RssAnon:") + files + bytes("RssShmem:")
+}
+
+/// What Linux says of this process.
+struct ProcessStatus(String);
+
+fn process_status() -> Option<ProcessStatus> {
+    fs_err::read_to_string("/proc/self/status").ok().map(ProcessStatus)
+}
+
+impl ProcessStatus {
+    /// The field of this name, `VmHWM:`, which Linux gives in kB of 1024 bytes.
+    fn bytes(&self, field: &str) -> Option<u64> {
+        let line = self.0.lines().find_map(|line| line.strip_prefix(field))?;
+        line.split_whitespace().next()?.parse::<u64>().ok().map(|kibibytes| kibibytes * 1024)
+    }
 }
 
 #[cfg(test)]

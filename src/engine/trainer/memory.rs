@@ -19,7 +19,7 @@ const LOGITS_MAX: usize = 12 << 20;
 /// Fewest rows whose logits stand in memory at once.
 const LOGIT_ROWS_MIN: usize = 16;
 /// What a thread works with: a decoded block of weights and the packed operands of a product.
-const THREAD_BYTES: u64 = 4 << 20;
+const THREAD_BYTES: u64 = 2 << 20;
 
 /// The memory of a run, in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -69,13 +69,15 @@ struct LayerWidth {
     work: usize,
 }
 
-/// Plans a run on `model` whose largest training pass has `pass_tokens` and whose largest evaluation `eval_tokens`.
+/// Plans a run on `model` whose largest training pass has `pass_tokens` and whose largest evaluation `eval_tokens`;
+/// `supervised` is the share of tokens that reach the output layer.
 /// Errors: it does not fit the options' budget even with every layer recomputed.
 pub(super) fn plan(
     model: &Model,
     adapter: &Adapter,
     optimizer_bytes: usize,
     (pass_tokens, eval_tokens): (usize, usize),
+    supervised: f64,
     options: &TrainOptions,
 ) -> Result<MemoryPlan, TrainError> {
     let config = model.config();
@@ -83,12 +85,15 @@ pub(super) fn plan(
     let layers = widths(model, adapter, options);
     let bytes = |values: u64| 4 * values * pass_tokens as u64;
     let adapter_bytes = 4 * adapter.parameter_count() as u64;
-    let logits =
-        |tokens: usize| 4 * (tokens.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary) as u64;
+    let head = |tokens: usize| {
+        let rows = (tokens as f64 * supervised).ceil() as usize;
+        let logits = rows.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary;
+        4 * (4 * c * rows as u64 + logits as u64)
+    };
     let work = layers.iter().map(|layer| layer.work as u64).max().unwrap_or(0);
     // An evaluation keeps one layer; its passes may be larger than those of small steps.
     let one = layers.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
-    let evaluation = 4 * (9 * c + work + one) * eval_tokens as u64 + logits(eval_tokens);
+    let evaluation = 4 * (5 * c + work + one) * eval_tokens as u64 + head(eval_tokens);
     let (weights, mapped) = model.weight_bytes();
     let program = memory_before(mapped).saturating_sub(weights - mapped);
     let mut plan = MemoryPlan {
@@ -96,7 +101,7 @@ pub(super) fn plan(
         adapter: adapter_bytes * if options.keep == super::Keep::Best { 2 } else { 1 },
         gradients: adapter_bytes,
         optimizer: optimizer_bytes as u64,
-        head: bytes(4 * c) + logits(pass_tokens),
+        head: head(pass_tokens),
         program,
         pass_tokens,
         layers: layers.len(),

@@ -91,7 +91,7 @@ fn write_middle_model(folder: &std::path::Path) {
     safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
 }
 
-/// The child of [`plan_is_within_15_percent_of_the_peak`]: trains one step of 1024 tokens and says what it took.
+/// The child of [`slow_plan_is_within_15_percent_of_the_peak`]: trains one step of 1024 tokens and says what it took.
 #[test]
 #[ignore = "run in a process of its own by the test below"]
 fn one_step_in_a_process_of_its_own() {
@@ -125,7 +125,7 @@ fn one_step_in_a_process_of_its_own() {
 }
 
 #[test]
-fn plan_is_within_15_percent_of_the_peak() {
+fn slow_plan_is_within_15_percent_of_the_peak() {
     let folder = tempfile::tempdir().unwrap();
     write_middle_model(folder.path());
     let taken = |kind: &str, budget: Option<u64>| {
@@ -141,6 +141,7 @@ fn plan_is_within_15_percent_of_the_peak() {
         let numbers: Vec<u64> = text.split(' ').map(|number| number.parse().unwrap()).collect();
         let error = numbers[0] as f64 / numbers[1] as f64 - 1.0;
         let plan = fs_err::read_to_string(folder.path().join("plan")).unwrap();
+        println!("{kind}: {plan}, took {} MiB, off by {error:.3}", numbers[1] >> 20);
         assert!(error.abs() < 0.15, "{kind}: {plan} is off by {error:.3} of {}", numbers[1]);
         (numbers[1], numbers[2])
     };
