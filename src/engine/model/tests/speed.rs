@@ -81,7 +81,7 @@ fn mamba_layer() {
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 1024, "num_local_experts": 0,
             "mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "tie_word_embeddings": true});
         let config = ModelConfig::from_json(&config.to_string()).unwrap();
-        let model = random_model(&config, Stored::Nf4, &Compute { threads: threads(), ..CPU });
+        let model = random_model(&config, Stored::Nf4, &Compute { threads: setting("THREADS", 2), ..CPU });
         let adapter = busy_adapter(&model, 16);
         let tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 500.0) as u32).collect();
         let pack = Pack::new(&[(&tokens, &[true; 512])]);
