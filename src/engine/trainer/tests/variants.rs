@@ -109,13 +109,12 @@ fn loraplus_steps_are_those_of_peft() {
             ..options()
         };
         let mut run = Run::new(&MODEL, &rows, &[], &options).unwrap();
+        let init = |tensor: &str| match dora {
+            true => floats(&file, &format!("dora.init.{tensor}")),
+            false => floats(&plain, &format!("init.{tensor}")),
+        };
         for (tensor, values) in run.adapter.parameters_mut() {
-            let init = if dora {
-                floats(&file, &format!("dora.init.{tensor}"))
-            } else {
-                floats(&plain, &format!("init.{tensor}"))
-            };
-            values.copy_from_slice(&init);
+            values.copy_from_slice(&init(&tensor));
         }
         while !run.is_over() {
             run.advance(&mut ()).unwrap();
@@ -128,11 +127,18 @@ fn loraplus_steps_are_those_of_peft() {
         }
         let mut compared = 0;
         for (tensor, got) in run.adapter.parameters().filter(|(tensor, _)| tensor.contains("layers.1.mlp")) {
-            for (got, want) in got.iter().zip(floats(&file, &format!("{name}.after.{tensor}"))) {
-                assert!((got - want).abs() < 1e-5, "{name} {tensor}: {got} is not {want}");
-                compared += 1;
-            }
+            // Adam divides by a gradient's own size, so rounding shows where the gradient is next to nothing: how
+            // far a tensor is off is measured by how far it came.
+            let want = floats(&file, &format!("{name}.after.{tensor}"));
+            let (off, came) = (distance(got, &want), distance(&want, &init(&tensor)));
+            assert!(off < 1e-3 * came, "{name} {tensor}: off by {off} after a way of {came}");
+            compared += got.len();
         }
         assert!(compared > 2000);
     }
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
