@@ -153,7 +153,7 @@ fn pip_error(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
     let errors: Vec<&str> = lines().filter_map(|line| line.strip_prefix("ERROR: ")).collect();
     if errors.is_empty() || errors[0].starts_with("Exception") {
-        return lines().last().unwrap_or("it said nothing").to_owned();
+        return lines().next_back().unwrap_or("it said nothing").to_owned();
     }
     errors.join("; ")
 }
