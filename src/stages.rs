@@ -75,11 +75,24 @@ fn describe(kind: &dyn StageKind, page: &mut String) -> std::fmt::Result {
                 None | Some(Value::Null) => String::new(),
                 Some(default) => format!("`{default}`"),
             };
-            let what = property["description"].as_str().unwrap_or_default();
-            writeln!(page, "| `{name}` | {default} | {} |", cell(what))?;
+            let mut what = cell(property["description"].as_str().unwrap_or_default());
+            let choices = choices(&schema, property);
+            if choices.iter().any(|choice| !what.contains(&format!("`{choice}`"))) {
+                write!(what, " One of `{}`.", choices.join("`, `"))?;
+            }
+            writeln!(page, "| `{name}` | {default} | {what} |")?;
         }
     }
     Ok(())
+}
+
+/// The words a parameter takes, if it takes one of a few.
+fn choices<'s>(schema: &'s Value, property: &'s Value) -> Vec<&'s str> {
+    let name = property["$ref"].as_str().and_then(|path| path.strip_prefix("#/$defs/"));
+    let kind = name.map_or(property, |name| &schema["$defs"][name]);
+    let described =
+        kind["oneOf"].as_array().into_iter().flatten().filter_map(|choice| choice["const"].as_str());
+    kind["enum"].as_array().into_iter().flatten().filter_map(Value::as_str).chain(described).collect()
 }
 
 /// Text that may stand in a table cell.

@@ -6,7 +6,7 @@
 mod csv;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tunesmith_pipeline::digest::Digest;
 
@@ -14,7 +14,7 @@ use super::words::excerpt;
 use super::{Example, Message, Provenance};
 
 /// How the rows of a file are to be read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Format {
     /// By the keys of the file's first row.

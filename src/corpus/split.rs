@@ -27,7 +27,9 @@ pub(crate) enum Side {
 }
 
 /// What ties rows together.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum GroupBy {
     /// The example's group: paraphrases of one fact, or the rows of one source.

@@ -7,7 +7,7 @@
 pub(crate) mod fetch;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tunesmith_engine::base::{self, Quantize};
 use tunesmith_pipeline::stage::{
@@ -33,7 +33,7 @@ struct Params {
 }
 
 /// How the linear layers of a base model are stored.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Quantization {
     /// 4-bit NormalFloat with double quantisation, about 4.13 bits a weight.

@@ -54,7 +54,7 @@ fn default_share() -> f64 {
 }
 
 /// What to do with a leak.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum OnLeak {
     /// The stage fails and names the rows.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tunesmith_engine::adapter::{LoraConfig, Targets};
 use tunesmith_engine::optimizer::{AdamWOptions, MomentFormat};
@@ -148,7 +148,7 @@ enum TargetsParam {
 }
 
 /// How the learning rate falls.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum ScheduleParam {
     /// Half a cosine down to zero.
@@ -163,7 +163,7 @@ enum ScheduleParam {
 }
 
 /// How the optimizer's moments rest between steps.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 enum StateParam {
     /// 8 bytes a trained value.
     #[default]
@@ -175,7 +175,7 @@ enum StateParam {
 }
 
 /// The order of the rows.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum OrderParam {
     /// At random, another one each epoch.
@@ -186,7 +186,7 @@ enum OrderParam {
 }
 
 /// Which adapter is the result.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum KeepParam {
     /// The one after the last step.
@@ -197,7 +197,7 @@ enum KeepParam {
 }
 
 /// What a gate does when it is not passed.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum GateParam {
     /// The stage fails.
