@@ -1,6 +1,7 @@
 //! The command line: one file a command, one enum variant each. This file parses, opens the store and the
 //! manifest, and hands over; `exit_code` says what the shell sees.
 
+mod bench;
 mod cache;
 mod check;
 mod exit_code;
@@ -56,6 +57,9 @@ enum Command {
     /// Look after the store
     #[command(subcommand)]
     Cache(cache::Command),
+    /// Measure how fast the engine is here
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -129,6 +133,7 @@ pub(crate) fn main() -> ExitCode {
         }
         Command::Runs(command) => store().and_then(|store| runs::main(&command, &store)),
         Command::Cache(command) => store().and_then(|store| cache::main(&command, &store)),
+        Command::Bench(command) => bench::main(&command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(

@@ -1,5 +1,6 @@
 //! `tunesmith`: one binary that turns a person's notes into their own assistant model.
 
+mod bench;
 mod cli;
 mod corpus;
 mod evaluate;

@@ -33,7 +33,7 @@ mod schedule;
 pub use batches::{Batch, Order};
 pub use checkpoint::CheckpointFolder;
 pub use evaluate::Evaluation;
-pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport};
+pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport, peak_rss_bytes};
 pub use examples::{PrepareProblem, PrepareReason, TokenizedExample, prepare};
 pub use gates::{Gates, Severity};
 pub use memory::{MemoryPlan, readable};
@@ -43,7 +43,7 @@ pub use schedule::{Decay, Schedule};
 
 use batches::{Plan, pack};
 use evaluate::{check_rows, pack_of};
-use events::{mean_loss, peak_rss_bytes};
+use events::mean_loss;
 use resume::{set_values, values};
 
 /// What a run gives.

@@ -125,7 +125,7 @@ pub(super) fn mean_loss(steps: &[StepRecord]) -> Option<f64> {
 
 /// Highest resident memory of this process so far, in bytes; 0 where the system does not say. On Linux not from
 /// `getrusage`, whose peak begins at that of the process that started this one.
-pub(super) fn peak_rss_bytes() -> u64 {
+pub fn peak_rss_bytes() -> u64 {
     if let Some(peak) = process_status().and_then(|status| status.bytes("VmHWM:")) {
         return peak;
     }

@@ -1,0 +1,226 @@
+//! `bench`: how fast the engine is on this machine with a given model.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+use tunesmith_engine::adapter::Targets;
+use tunesmith_engine::backend::{BackendKind, Compute};
+use tunesmith_engine::base::Quantize;
+
+use super::exit_code::Failure;
+use super::{print, problems};
+use crate::bench::{self, Base, BenchError, Generation, GenerationFigures, Training, TrainingFigures};
+
+/// What to measure.
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Training steps: tokens a second, memory, losses
+    Train(TrainOptions),
+    /// Generation: prompt tokens and generated tokens a second
+    Generate(GenerateOptions),
+}
+
+/// The model and the machine.
+#[derive(Args)]
+pub(super) struct ModelArgs {
+    /// A GGUF file or a Hugging Face folder
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// How the linear layers rest in memory
+    #[arg(long, value_enum, default_value_t = Stored::Nf4)]
+    base: Stored,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Write the figures as JSON to this file, `-` for stdout
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Stored {
+    /// 4 bits, as training uses it
+    Nf4,
+    /// 16 bits
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Adapted {
+    /// The projections of attention
+    Attn,
+    /// Every linear layer
+    All,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Recompute {
+    /// What the trainer does without a memory budget: nothing is computed twice
+    Auto,
+    /// Every layer is computed twice, which takes the least memory
+    All,
+    /// Nothing is computed twice
+    None,
+}
+
+/// Options of `bench train`.
+#[derive(Args)]
+pub(super) struct TrainOptions {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Rows of a step
+    #[arg(long, value_name = "B", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Tokens of a row
+    #[arg(long, value_name = "T", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    seq: u32,
+    /// Rank of the adapter
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    rank: u16,
+    /// Which linear layers are adapted
+    #[arg(long, value_enum, default_value_t = Adapted::All)]
+    targets: Adapted,
+    /// Steps that are measured
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    steps: u16,
+    /// Steps before them that are not
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    warmup: u16,
+    /// Learning rate
+    #[arg(long, default_value_t = 2e-4)]
+    lr: f64,
+    /// Largest norm of the gradients
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    /// Begin with this PEFT adapter instead of a fresh one
+    #[arg(long, value_name = "DIR")]
+    adapter_init: Option<PathBuf>,
+    /// Take tokens from this file of little-endian 32-bit integers
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
+    /// Which layers are computed twice instead of kept
+    #[arg(long, value_enum, default_value_t = Recompute::Auto)]
+    recompute: Recompute,
+}
+
+/// Options of `bench generate`.
+#[derive(Args)]
+pub(super) struct GenerateOptions {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..))]
+    prompt: u16,
+    /// Tokens generated after it
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    tokens: u16,
+    /// Sequences generated together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Times the whole is measured
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+}
+
+/// Measures and shows.
+pub(super) fn main(command: &Command) -> Result<(), Failure> {
+    let shown = match command {
+        Command::Train(options) => train(options),
+        Command::Generate(options) => generate(options),
+    };
+    shown.map_err(|error| {
+        let hint = match &error {
+            BenchError::Base { .. } => Some(
+                "`--model` takes a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json",
+            ),
+            BenchError::Tokens { .. } => Some("take fewer steps, or a longer file"),
+            _ => None,
+        };
+        problems::show_error(&error, hint);
+        Failure::Run
+    })
+}
+
+fn train(options: &TrainOptions) -> Result<(), BenchError> {
+    let base = open(&options.model)?;
+    let attention = ["q_proj", "k_proj", "v_proj", "o_proj"].map(str::to_owned);
+    let figures = bench::train(
+        &base,
+        &Training {
+            batch: options.batch.into(),
+            seq: options.seq as usize,
+            rank: options.rank.into(),
+            targets: match options.targets {
+                Adapted::All => Targets::Auto,
+                Adapted::Attn => Targets::Names(attention.into()),
+            },
+            steps: options.steps.into(),
+            warmup: options.warmup.into(),
+            learning_rate: options.lr,
+            clip: options.clip,
+            adapter_init: options.adapter_init.clone(),
+            tokens: options.tokens.clone(),
+            recompute: options.recompute == Recompute::All,
+        },
+    )?;
+    let TrainingFigures { tok_s, step_ms, spread, peak_rss_bytes, .. } = &figures;
+    let first = figures.losses.first().copied().unwrap_or_default();
+    let last = figures.losses.last().copied().unwrap_or_default();
+    show(
+        &options.model,
+        &figures,
+        &format!(
+            "training: {tok_s:.0} tokens/s, {step_ms:.0} ms a step (spread {:.0} %), peak memory {} MiB, loss {first:.4} to {last:.4}",
+            spread * 100.0,
+            peak_rss_bytes >> 20,
+        ),
+    )
+}
+
+fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
+    let base = open(&options.model)?;
+    let figures = bench::generate(
+        &base,
+        &Generation {
+            prompt: options.prompt.into(),
+            tokens: options.tokens.into(),
+            batch: options.batch.into(),
+            rounds: options.rounds.into(),
+        },
+    )?;
+    let GenerationFigures { prefill_tok_s, decode_tok_s, spread, peak_rss_bytes, .. } = &figures;
+    show(
+        &options.model,
+        &figures,
+        &format!(
+            "generation: {prefill_tok_s:.0} prompt tokens/s, {decode_tok_s:.1} generated tokens/s (spread {:.0} %), peak memory {} MiB",
+            spread * 100.0,
+            peak_rss_bytes >> 20,
+        ),
+    )
+}
+
+fn open(model: &ModelArgs) -> Result<Base, BenchError> {
+    let threads = model
+        .threads
+        .map_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get), usize::from);
+    let quantize = match model.base {
+        Stored::Nf4 => Quantize::Nf4,
+        Stored::Bf16 => Quantize::None,
+    };
+    Base::new(&model.model, quantize, Compute { kind: BackendKind::Cpu, threads })
+}
+
+fn show(model: &ModelArgs, figures: &impl Serialize, line: &str) -> Result<(), BenchError> {
+    match model.json.as_deref() {
+        None => print::data(line),
+        Some(file) if file == Path::new("-") => print::json(figures),
+        Some(file) => {
+            print::note(line);
+            let text = serde_json::to_string(figures).map_err(std::io::Error::from)?;
+            fs_err::write(file, text + "\n")?;
+        }
+    }
+    Ok(())
+}
