@@ -109,13 +109,42 @@ pub struct RopeTable {
     pub sin: Vec<f32>,
 }
 
-/// Rows of queries and the rows of keys they look back on: the queries are the last positions of the keys.
+/// Rows of queries and the rows of keys they look back on: first those of `prefix`, then `keys`, of which the
+/// queries are the last positions. Several spans may have the same prefix; its rows' own span has none.
+///
+/// ```text
+/// rows      0 ─ prefix ─ P ─── a ─── A ──── b ──── B
+/// span a    ▒▒▒▒▒▒▒▒▒▒▒▒▒▒ ████████                       ▒ seen by all its queries
+/// span b    ▒▒▒▒▒▒▒▒▒▒▒▒▒▒           ███████████████      █ seen by those not before it
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
     /// Rows of q, of the output and of its saved log-sum-exp.
     pub queries: Range<usize>,
     /// Rows of k and v.
     pub keys: Range<usize>,
+    /// Rows of k and v that precede `keys`; empty where the sequence stands whole.
+    pub prefix: Range<usize>,
+}
+
+impl Span {
+    /// A sequence that stands whole in `rows`.
+    pub fn whole(rows: Range<usize>) -> Self {
+        Self { queries: rows.clone(), keys: rows, prefix: 0..0 }
+    }
+
+    /// Positions before that of the first query.
+    fn past(&self) -> usize {
+        self.prefix.len() + self.keys.len() - self.queries.len()
+    }
+
+    /// The row of the key at a position.
+    fn key_row(&self, position: usize) -> usize {
+        match position.checked_sub(self.prefix.len()) {
+            None => self.prefix.start + position,
+            Some(own) => self.keys.start + own,
+        }
+    }
 }
 
 /// Heads of an attention operation and the sequences it runs over.
@@ -301,7 +330,8 @@ pub trait Backend: Send + Sync {
         shape: &AttentionShape<'_>,
     );
 
-    /// The backward of [`Backend::attention`] where queries and keys are the same rows. Overwrites dq, dk, dv.
+    /// The backward of [`Backend::attention`] where queries and keys are the same rows. Overwrites dq, dk, dv; those
+    /// of a prefix are sums over all spans that see it, in the spans' order.
     /// Probabilities are recomputed from `saved` log-sum-exp (T,H); `scratch` is grown as needed.
     fn attention_backward(
         &self,

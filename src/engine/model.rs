@@ -171,6 +171,16 @@ impl Model {
         self.inside(|| linear.row_norms(&*self.backend, adapter))
     }
 
+    /// [`Pack::new`], with what all sequences begin with only once where this model can: losses and gradients are
+    /// those of [`Pack::new`] but for rounding. For passes without noise, whose numbers are of whole sequences.
+    pub fn pack(&self, sequences: &[(&[u32], &[bool])]) -> Pack {
+        // A Mamba layer's state would have to be handed from the beginning to every sequence.
+        match self.config.layers.contains(&Mixing::Mamba) {
+            true => Pack::new(sequences),
+            false => Pack::sharing(sequences),
+        }
+    }
+
     /// Forward and backward over one pack: adds to `gradients` the gradient of `scale` * sum of the negative
     /// log-likelihoods of the supervised targets. The pack's noise applies here and in no other pass.
     ///

@@ -14,7 +14,7 @@
 use std::time::Instant;
 
 use crate::adapter::{Adapter, Gradients};
-use crate::model::{Model, Noise, Workspace};
+use crate::model::{Model, Noise, Pack, Workspace};
 use crate::optimizer::{AdamW, clip_factor};
 use crate::random::Random;
 
@@ -42,7 +42,7 @@ pub use probes::{ProbeError, ProbeOptions, ProbeReport, probe};
 pub use schedule::{Decay, Schedule};
 
 use batches::{Plan, pack};
-use evaluate::{check_rows, pack_of};
+use evaluate::{check_rows, marked};
 use events::mean_loss;
 use resume::{set_values, values};
 
@@ -241,8 +241,10 @@ impl<'a> Run<'a> {
         for pack in pack(&lengths, self.options.pack_tokens) {
             let indices: Vec<usize> = pack.iter().map(|&row| indices[row]).collect();
             let rows: Vec<&TokenizedExample> = indices.iter().map(|&row| &train[row]).collect();
-            let mut packed = pack_of(&rows);
-            packed.noise = self.noise(&indices);
+            let packed = match self.noise(&indices) {
+                None => self.model.pack(&marked(&rows)),
+                noise => Pack { noise, ..Pack::new(&marked(&rows)) },
+            };
             let loss = self
                 .model
                 .loss_and_gradients(&self.adapter, &packed, scale, &mut self.gradients, &mut self.workspace)

@@ -25,7 +25,7 @@ use crate::corpus::{Example, Message, read_table};
 use params::Params;
 use tensorboard::Scalar;
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Rows named in one error message.
 const ROWS_NAMED_MAX: usize = 5;
 

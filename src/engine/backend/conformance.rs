@@ -188,23 +188,37 @@ fn attention_kinds(shape: AttentionShape<'_>) -> [AttentionShape<'_>; 4] {
     ]
 }
 
+/// Spans of sequences of `lengths` tokens after `shared` that all begin with, and the rows they take.
+fn sharing(shared: usize, lengths: &[usize]) -> (Vec<Span>, usize) {
+    let mut spans: Vec<Span> = (shared > 0).then(|| Span::whole(0..shared)).into_iter().collect();
+    let mut tokens = shared;
+    for len in lengths {
+        spans.push(Span { prefix: 0..shared, ..Span::whole(tokens..tokens + len) });
+        tokens += len;
+    }
+    (spans, tokens)
+}
+
 #[test]
 fn attention_and_its_backward() {
-    let cases: [(&[usize], usize, usize, usize); 4] =
-        [(&[1], 1, 1, 2), (&[3, 1, 70], 4, 2, 6), (&[130], 9, 3, 64), (&[64, 65, 2], 6, 1, 17)];
-    for (lengths, heads, kv_heads, head_dim) in cases {
-        let mut spans = Vec::new();
-        let mut tokens = 0;
-        for len in lengths {
-            spans.push(Span { queries: tokens..tokens + len, keys: tokens..tokens + len });
-            tokens += len;
-        }
+    // Tokens of a common beginning, and of each sequence by itself.
+    let cases: [(usize, &[usize], usize, usize, usize); 7] = [
+        (0, &[1], 1, 1, 2),
+        (0, &[3, 1, 70], 4, 2, 6),
+        (0, &[130], 9, 3, 64),
+        (0, &[64, 65, 2], 6, 1, 17),
+        (1, &[1, 2], 2, 2, 2),
+        (15, &[3, 1, 70], 4, 2, 6),
+        (70, &[130, 1, 64], 6, 2, 17),
+    ];
+    for (shared, lengths, heads, kv_heads, head_dim) in cases {
+        let (spans, tokens) = sharing(shared, lengths);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let plain =
             AttentionShape { heads, kv_heads, head_dim, scale, softcap: None, window: None, spans: &spans };
         for shape in attention_kinds(plain) {
             let (window, softcap) = (shape.window, shape.softcap);
-            let what = format!("{lengths:?} {heads}/{kv_heads}x{head_dim} {window:?} {softcap:?}");
+            let what = format!("{shared} {lengths:?} {heads}/{kv_heads}x{head_dim} {window:?} {softcap:?}");
             check(&format!("attention {what}"), 2e-5, |backend| {
                 let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
                 let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
@@ -223,9 +237,9 @@ fn attention_and_its_backward() {
 #[test]
 fn attention_over_a_cache() {
     let spans = [
-        Span { queries: 0..1, keys: 0..5 },
-        Span { queries: 1..71, keys: 10..100 },
-        Span { queries: 71..72, keys: 100..101 },
+        Span { queries: 0..1, keys: 0..5, prefix: 0..0 },
+        Span { queries: 1..71, keys: 10..100, prefix: 0..0 },
+        Span { queries: 71..72, keys: 100..101, prefix: 0..0 },
     ];
     let plain = AttentionShape {
         heads: 4,
@@ -248,7 +262,7 @@ fn attention_over_a_cache() {
 
 #[test]
 fn window_hides_what_lies_before_it() {
-    let spans = [Span { queries: 0..70, keys: 0..70 }];
+    let spans = [Span::whole(0..70)];
     let shape = |window| AttentionShape {
         heads: 2,
         kv_heads: 1,

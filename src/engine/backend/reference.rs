@@ -3,7 +3,7 @@
 
 use super::{
     Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Carry, Convolution,
-    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Write,
+    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Span, Write,
 };
 use crate::matrix::Matrix;
 
@@ -373,17 +373,20 @@ fn inverse_rms(x: &[f32], epsilon: f32) -> f64 {
     1.0 / (dot(x, x) / x.len() as f64 + f64::from(epsilon)).sqrt()
 }
 
-/// One query of one head: which rows of keys it sees and where its numbers lie.
+/// One query of one head: which keys it sees and where its numbers lie.
 struct Query<'a> {
     shape: &'a AttentionShape<'a>,
+    span: &'a Span,
     row: usize,
     head: usize,
-    keys: std::ops::Range<usize>,
+    /// Positions in the span.
+    seen: std::ops::Range<usize>,
 }
 
 impl Query<'_> {
-    fn keys(&self) -> std::ops::Range<usize> {
-        self.keys.clone()
+    /// The rows of the keys it sees.
+    fn keys(&self) -> impl Iterator<Item = usize> {
+        self.seen.clone().map(|position| self.span.key_row(position))
     }
 
     fn query_at(&self) -> usize {
@@ -405,12 +408,10 @@ impl Query<'_> {
 
 fn each_query(shape: &AttentionShape<'_>, mut visit: impl FnMut(&Query<'_>)) {
     for span in shape.spans {
-        let past = span.keys.len() - span.queries.len();
         for (i, row) in span.queries.clone().enumerate() {
             for head in 0..shape.heads {
-                let seen = shape.seen(past + i + 1);
-                let keys = span.keys.start + seen.start..span.keys.start + seen.end;
-                visit(&Query { shape, row, head, keys });
+                let seen = shape.seen(span.past() + i + 1);
+                visit(&Query { shape, span, row, head, seen });
             }
         }
     }

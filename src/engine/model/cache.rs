@@ -190,7 +190,11 @@ impl KvCache {
             let (first, base) = (layout.rows.len(), sequence * self.capacity);
             layout.positions.extend(past..tokens);
             layout.rows.extend(base + past..base + tokens);
-            layout.spans.push(Span { queries: first..first + fed.len(), keys: base..base + tokens });
+            layout.spans.push(Span {
+                queries: first..first + fed.len(),
+                keys: base..base + tokens,
+                prefix: 0..0,
+            });
             layout.slots.push(sequence);
         }
         Ok(layout)

@@ -49,6 +49,7 @@ impl RowNoise {
     /// The noise of the rows of sequences that begin at `starts` (the last entry is T).
     pub(super) fn new(noise: &Noise, starts: &[usize]) -> Self {
         assert_eq!(noise.streams.len() + 1, starts.len(), "BUG: one stream a sequence");
+        assert_eq!(starts[0], 0, "BUG: noise on rows that sequences share");
         let sequences = noise.streams.iter().zip(starts.windows(2));
         let (rows, lengths): (Vec<u64>, Vec<usize>) = sequences
             .flat_map(|(&stream, range)| {

@@ -23,7 +23,7 @@ impl Evaluation {
         let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
         let packs = pack(&lengths, pack_tokens).into_iter().map(|members| {
             let sequences: Vec<&TokenizedExample> = members.iter().map(|&row| &rows[row]).collect();
-            (pack_of(&sequences), members)
+            (model.pack(&marked(&sequences)), members)
         });
         Ok(Self { packs: packs.collect(), ids: rows.iter().map(|row| row.id.clone()).collect() })
     }
@@ -92,11 +92,9 @@ impl TrainError {
     }
 }
 
-/// Rows as one pass through the model.
-pub(super) fn pack_of(rows: &[&TokenizedExample]) -> Pack {
-    let sequences: Vec<(&[u32], &[bool])> =
-        rows.iter().map(|row| (row.tokens.as_slice(), row.supervised.as_slice())).collect();
-    Pack::new(&sequences)
+/// The tokens of each row, and which of them are supervised.
+pub(super) fn marked<'a>(rows: &[&'a TokenizedExample]) -> Vec<(&'a [u32], &'a [bool])> {
+    rows.iter().map(|row| (row.tokens.as_slice(), row.supervised.as_slice())).collect()
 }
 
 /// An error that names the first row that `model` cannot take.

@@ -8,7 +8,7 @@ fn spans(lengths: &[usize]) -> (Vec<Span>, usize) {
     let mut tokens = 0;
     let span = |len: &usize| {
         tokens += len;
-        Span { queries: tokens - len..tokens, keys: tokens - len..tokens }
+        Span::whole(tokens - len..tokens)
     };
     (lengths.iter().map(span).collect(), tokens)
 }
@@ -158,13 +158,13 @@ fn carried_state_gives_what_the_whole_sequence_gives() {
     let width = case.width();
     for backend in [&Reference as &dyn Backend, &Cpu::new(2)] {
         let whole_scan = case.forward(backend);
-        let spans = [Span { queries: 0..50, keys: 0..50 }];
+        let spans = [Span::whole(0..50)];
         let mut whole_conv = vec![9.0; 50 * c];
         let conv = Convolution { weight: &weight, bias: &bias, taps, spans: &spans };
         backend.causal_conv(&mut whole_conv, &conv_x, &conv, None);
         let (mut scan_state, mut conv_state) = (vec![0.0; width * 5], vec![0.0; (taps - 1) * c]);
         for piece in [0..1, 1..2, 2..4, 4..40, 40..50] {
-            let (rows, slots) = ([Span { queries: piece.clone(), keys: piece.clone() }], [0]);
+            let (rows, slots) = ([Span::whole(piece.clone())], [0]);
             let (past, mut y) = (scan_state.clone(), vec![9.0; 50 * width]);
             let carry = Carry { slots: &slots, past: &past, next: &mut scan_state };
             backend.scan(&mut y, &case.input(), &case.scan(&rows), Some(carry));

@@ -1,6 +1,7 @@
 //! Causal attention with grouped heads over spans. A task is one (span, head, block of queries) forward and
-//! one (span, head) backward; scores of a block of queries against all keys it sees stand in scratch. The
-//! backward writes keys' and values' gradients per query head and then adds the heads of a group in order.
+//! one (span, head) backward; scores of a block of queries against all keys it sees stand in scratch. Where
+//! these begin in a prefix, the block's keys and values are copied together first. The backward writes keys' and
+//! values' gradients per query head and span and then adds those of each row in order.
 
 use super::product::{Operand, Output, Shared, product};
 use std::ops::Range;
@@ -37,10 +38,6 @@ impl HeadAt {
     fn rows<'a>(&self, values: &'a [f32], first: usize) -> Operand<'a> {
         Operand::rows(&values[self.row(first)..], self.stride)
     }
-
-    fn columns<'a>(&self, values: &'a [f32], first: usize) -> Operand<'a> {
-        Operand::columns(&values[self.row(first)..], self.stride)
-    }
 }
 
 /// A block of queries of one span, and the keys that any of them sees.
@@ -50,24 +47,29 @@ struct Block {
     rows: usize,
     /// Keys of the span up to and with the first row's own.
     visible: usize,
-    /// The first key seen: its place in the span, and its row.
+    /// The position of the first key seen.
     key_start: usize,
+    /// The prefix's keys that are seen: their number, and the first one's row.
+    prefix_keys: usize,
+    prefix_first: usize,
+    /// The row of the first other key seen.
     key_first: usize,
 }
 
 impl Block {
     fn of(span: &Span, index: usize, shape: &AttentionShape<'_>) -> Self {
-        let past = span.keys.len() - span.queries.len();
         let start = index * BLOCK;
         let rows = BLOCK.min(span.queries.len() - start);
-        let visible = past + start + 1;
+        let visible = span.past() + start + 1;
         let key_start = shape.seen(visible).start;
         Self {
             first: span.queries.start + start,
             rows,
             visible,
             key_start,
-            key_first: span.keys.start + key_start,
+            prefix_keys: span.prefix.len().saturating_sub(key_start),
+            prefix_first: span.prefix.start + key_start,
+            key_first: span.key_row(key_start.max(span.prefix.len())),
         }
     }
 
@@ -80,6 +82,37 @@ impl Block {
         let seen = shape.seen(self.visible + i);
         seen.start - self.key_start..seen.end - self.key_start
     }
+
+    /// Values to lend to [`Block::rows_of`].
+    fn joined_len(&self, head_dim: usize) -> usize {
+        if self.prefix_keys == 0 { 0 } else { self.keys() * head_dim }
+    }
+
+    /// The rows (keys, D) of one head of k or v that the block sees; `joined` holds them where they do not follow
+    /// each other.
+    fn rows_of<'a>(
+        &self,
+        values: &'a [f32],
+        key: HeadAt,
+        joined: &'a mut [f32],
+        head_dim: usize,
+    ) -> Operand<'a> {
+        if self.prefix_keys == 0 {
+            return key.rows(values, self.key_first);
+        }
+        let own = self.keys() - self.prefix_keys;
+        let prefix = self.prefix_first..self.prefix_first + self.prefix_keys;
+        let rows = prefix.chain(self.key_first..self.key_first + own);
+        for (row, joined) in rows.zip(joined.chunks_exact_mut(head_dim)) {
+            joined.copy_from_slice(&values[key.row(row)..key.row(row) + head_dim]);
+        }
+        Operand::rows(joined, head_dim)
+    }
+}
+
+/// The rows of an operand as columns.
+fn transposed(operand: Operand<'_>) -> Operand<'_> {
+    Operand { row: operand.col, col: operand.row, ..operand }
 }
 
 /// The map of scores, where it is more than a factor.
@@ -111,8 +144,13 @@ pub(super) fn forward(
     cpu.run(tasks.len(), |task| {
         let (head, block) = tasks[task];
         let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
-        scratch::with(block.rows * block.keys(), |scores| {
-            scores_of(cpu, scores, &block, q, k, query, key, shape.head_dim);
+        let (size, joined) = (block.rows * block.keys(), block.joined_len(shape.head_dim));
+        scratch::with(size + 2 * joined, |lent| {
+            let (scores, lent) = lent.split_at_mut(size);
+            let (k_joined, v_joined) = lent.split_at_mut(joined);
+            let k = block.rows_of(k, key, k_joined, shape.head_dim);
+            let v = block.rows_of(v, key, v_joined, shape.head_dim);
+            scores_of(cpu, scores, &block, query.rows(q, block.first), k, shape.head_dim);
             let scale = cap_scores(scores, shape);
             for (i, row) in scores.chunks_exact_mut(block.keys()).enumerate() {
                 let seen = block.seen(i, shape);
@@ -126,33 +164,15 @@ pub(super) fn forward(
             // SAFETY: one task per block of rows and head.
             let mut out = unsafe { out.block(at, block.rows, shape.head_dim, query.stride) };
             let scores = Operand::rows(scores, block.keys());
-            product(
-                cpu.kernel,
-                &mut out,
-                block.keys(),
-                1.0,
-                Write::Overwrite,
-                scores,
-                key.rows(v, block.key_first),
-            );
+            product(cpu.kernel, &mut out, block.keys(), 1.0, Write::Overwrite, scores, v);
         });
     });
 }
 
 /// scores (rows, keys) = q · kᵀ of a block.
-fn scores_of(
-    cpu: &Cpu,
-    scores: &mut [f32],
-    block: &Block,
-    q: &[f32],
-    k: &[f32],
-    query: HeadAt,
-    key: HeadAt,
-    head_dim: usize,
-) {
+fn scores_of(cpu: &Cpu, scores: &mut [f32], block: &Block, q: Operand<'_>, k: Operand<'_>, head_dim: usize) {
     let mut out = Output::of(scores, block.rows, block.keys());
-    let (q, k) = (query.rows(q, block.first), key.columns(k, block.key_first));
-    product(cpu.kernel, &mut out, head_dim, 1.0, Write::Overwrite, q, k);
+    product(cpu.kernel, &mut out, head_dim, 1.0, Write::Overwrite, q, transposed(k));
 }
 
 /// Caps scores that are to be capped; gives the factor that is still to be applied.
@@ -176,8 +196,8 @@ pub(super) fn backward(
     scratch: &mut Vec<f32>,
 ) {
     let (dim, kv_width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let tokens = saved.k.len() / kv_width;
-    let size = shape.heads * tokens * dim;
+    let places = Places::new(shape, saved.k.len() / kv_width);
+    let size = shape.heads * places.len * dim;
     if scratch.len() < 2 * size {
         scratch.resize(2 * size, 0.0);
     }
@@ -187,8 +207,9 @@ pub(super) fn backward(
     cpu.run(shape.spans.len() * shape.heads, |task| {
         let (span, head) = (&shape.spans[task / shape.heads], task % shape.heads);
         assert_eq!(span.queries, span.keys, "BUG: backward over cached keys");
-        let keys = (head * tokens + span.keys.start) * dim..(head * tokens + span.keys.end) * dim;
-        // SAFETY: one task per span and head, and each writes only its own rows of its own head.
+        let first = head * places.len + places.of_span[task / shape.heads];
+        let keys = first * dim..(first + span.prefix.len() + span.keys.len()) * dim;
+        // SAFETY: one task per span and head, and each writes only its own places of its own head.
         let (dk, dv) = unsafe { (dk_shared.slice(keys.clone()), dv_shared.slice(keys)) };
         dk.fill(0.0);
         dv.fill(0.0);
@@ -208,12 +229,47 @@ pub(super) fn backward(
             for (i, value) in rows.chunks_exact_mut(dim).enumerate() {
                 let (row, kv_head) = (start / kv_width + i / shape.kv_heads, i % shape.kv_heads);
                 value.fill(0.0);
-                for head in kv_head * group..(kv_head + 1) * group {
-                    let at = (head * tokens + row) * dim;
-                    rows::add(value, &heads[at..at + dim]);
+                for place in places.of_row(row, shape) {
+                    for head in kv_head * group..(kv_head + 1) * group {
+                        let at = (head * places.len + place) * dim;
+                        rows::add(value, &heads[at..at + dim]);
+                    }
                 }
             }
         });
+    }
+}
+
+/// Where each span's share of its keys' gradients lies before the shares of a row are added.
+struct Places {
+    /// The place of the first key, the prefix's among them, of each span.
+    of_span: Vec<usize>,
+    /// The place of each row's share of its own span.
+    own: Vec<usize>,
+    /// All places.
+    len: usize,
+}
+
+impl Places {
+    fn new(shape: &AttentionShape<'_>, tokens: usize) -> Self {
+        let mut places =
+            Self { of_span: Vec::with_capacity(shape.spans.len()), own: vec![0; tokens], len: 0 };
+        for span in shape.spans {
+            places.of_span.push(places.len);
+            places.len += span.prefix.len();
+            for row in span.keys.clone() {
+                places.own[row] = places.len;
+                places.len += 1;
+            }
+        }
+        places
+    }
+
+    /// The places of a row's shares: its own span's, then those of the spans whose prefix it is in.
+    fn of_row(&self, row: usize, shape: &AttentionShape<'_>) -> impl Iterator<Item = usize> {
+        let spans = shape.spans.iter().zip(&self.of_span);
+        let seen = spans.filter(move |(span, _)| span.prefix.contains(&row));
+        std::iter::once(self.own[row]).chain(seen.map(move |(span, first)| first + row - span.prefix.start))
     }
 }
 
@@ -231,10 +287,15 @@ fn block_backward(
 ) {
     let (dim, keys) = (shape.head_dim, block.keys());
     let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
-    scratch::with(2 * block.rows * keys, |both| {
-        let (probability, dscore) = both.split_at_mut(block.rows * keys);
-        scores_of(cpu, probability, block, saved.q, saved.k, query, key, dim);
-        scores_of(cpu, dscore, block, dout, saved.v, query, key, dim);
+    let (size, joined) = (block.rows * keys, block.joined_len(dim));
+    scratch::with(2 * size + 2 * joined, |lent| {
+        let (lent, joined_rows) = lent.split_at_mut(2 * size);
+        let (probability, dscore) = lent.split_at_mut(size);
+        let (k_joined, v_joined) = joined_rows.split_at_mut(joined);
+        let k = block.rows_of(saved.k, key, k_joined, dim);
+        let v = block.rows_of(saved.v, key, v_joined, dim);
+        scores_of(cpu, probability, block, query.rows(saved.q, block.first), k, dim);
+        scores_of(cpu, dscore, block, query.rows(dout, block.first), v, dim);
         let scale = cap_scores(probability, shape);
         for i in 0..block.rows {
             let row = block.first + i;
@@ -257,7 +318,7 @@ fn block_backward(
             }
         }
         let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
-        product(cpu.kernel, dq, keys, 1.0, Write::Overwrite, dscore_rows, key.rows(saved.k, block.key_first));
+        product(cpu.kernel, dq, keys, 1.0, Write::Overwrite, dscore_rows, k);
         let q = query.rows(saved.q, block.first);
         product(cpu.kernel, &mut Output::of(dk, keys, dim), block.rows, 1.0, Write::Add, dscore_columns, q);
         let (probability, dout) = (Operand::columns(probability, keys), query.rows(dout, block.first));

@@ -81,6 +81,8 @@ impl Mamba {
     ) {
         let Scratch { normed, dnormed: y, mamba: own, .. } = scratch;
         let (tokens, options) = (pass.positions.len(), &self.options);
+        let whole = pass.spans.iter().all(|span| span.prefix.is_empty());
+        assert!(whole, "BUG: a pack with a shared beginning for a model with Mamba layers");
         let (inner, states) = (options.inner(), options.groups * options.states);
         let [h_in, h_out] = &mut saved.h;
         self.in_proj.forward(pass, &mut own.projected, h_in, normed);

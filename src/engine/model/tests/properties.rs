@@ -15,8 +15,21 @@ fn sequences() -> Vec<(Vec<u32>, Vec<bool>)> {
         .collect()
 }
 
+/// Sequences that begin with the same 12 tokens, whose targets lie behind them.
+fn sequences_with_one_beginning() -> Vec<(Vec<u32>, Vec<bool>)> {
+    let common: Vec<u32> = (3..15).collect();
+    let with_beginning = |(tokens, marks): (Vec<u32>, Vec<bool>)| {
+        ([&common[..], &tokens].concat(), [&[false; 12][..], &marks].concat())
+    };
+    sequences().into_iter().map(with_beginning).collect()
+}
+
+fn slices(sequences: &[(Vec<u32>, Vec<bool>)]) -> Vec<(&[u32], &[bool])> {
+    sequences.iter().map(|(tokens, marks)| (&tokens[..], &marks[..])).collect()
+}
+
 fn packed(sequences: &[(Vec<u32>, Vec<bool>)]) -> Pack {
-    Pack::new(&sequences.iter().map(|(tokens, marks)| (&tokens[..], &marks[..])).collect::<Vec<_>>())
+    Pack::new(&slices(sequences))
 }
 
 /// Every odd model, plain under both backends and quantised.
@@ -90,6 +103,39 @@ fn packed_sequences_do_not_see_each_other() {
         assert!(difference < 1e-6, "{name}: {together_nll} packed, {alone_nll} alone");
         let error = worst(&flat(&together), &flat(&alone));
         assert!(error < 1e-6 * together.norm() as f32 + 1e-6, "{name}: gradients differ by {error}");
+    }
+}
+
+#[test]
+fn shared_beginning_gives_what_whole_sequences_give() {
+    let sequences = sequences_with_one_beginning();
+    let whole = packed(&sequences);
+    for (family, stored, device) in models() {
+        let (model, name) = (random_model(&family, stored, &device), &family.model_type);
+        let shared = model.pack(&slices(&sequences));
+        if family.layers.contains(&Mixing::Mamba) {
+            assert_eq!(shared, whole, "{name}");
+            continue;
+        }
+        assert_eq!((shared.starts[0], shared.tokens.len()), (11, whole.tokens.len() - 3 * 11), "{name}");
+        let (adapter, mut workspace) = (busy_adapter(&model, 3), Workspace::default());
+        let mut losses = |pack| model.loss(Some(&adapter), pack, &mut workspace).unwrap();
+        for (shared, whole) in losses(&shared).iter().zip(losses(&whole)) {
+            assert_eq!(shared.supervised, whole.supervised, "{name}");
+            let difference = (shared.nll - whole.nll).abs();
+            assert!(difference <= 1e-6 * whole.nll, "{name}: {} shared, {} whole", shared.nll, whole.nll);
+        }
+        let [(shared_nll, shared), (whole_nll, whole)] =
+            [shared, whole.clone()].map(|pack| run(&model, &adapter, &[pack]));
+        assert!(
+            (shared_nll / whole_nll - 1.0).abs() < 1e-6,
+            "{name}: {shared_nll} shared, {whole_nll} whole"
+        );
+        let allowed = 1e-6 * whole.norm() as f32 + 1e-6;
+        for ((tensor, shared), (_, whole)) in shared.tensors().zip(whole.tensors()) {
+            let error = worst(shared, whole);
+            assert!(error < allowed, "{name}: gradient of {tensor} differs by {error} of {allowed}");
+        }
     }
 }
 
@@ -183,12 +229,13 @@ fn forgotten_sequence_starts_anew() {
 
 #[test]
 fn thread_count_changes_no_bit() {
-    let pack = packed(&sequences());
+    let sequences = sequences_with_one_beginning();
     for family in odd_configs() {
         let results: Vec<(u64, Vec<u32>)> = [1, 2, 3]
             .map(|threads| {
                 let model = random_model(&family, Stored::Nf4, &Compute { threads, ..CPU });
-                let (nll, gradients) = run(&model, &busy_adapter(&model, 3), std::slice::from_ref(&pack));
+                let packs = [packed(&sequences), model.pack(&slices(&sequences))];
+                let (nll, gradients) = run(&model, &busy_adapter(&model, 3), &packs);
                 (nll.to_bits(), flat(&gradients).into_iter().map(f32::to_bits).collect())
             })
             .to_vec();

@@ -29,16 +29,22 @@ fn measure(what: &str, tokens: usize, work: impl FnOnce()) {
     println!("{what}: {rate:.1} tokens/s, {core_rate:.1} a core-second");
 }
 
-/// Forward and backward over 512 tokens in sequences of `ROW` (57) with every linear adapted, rank 16.
+/// Forward and backward over 512 tokens in sequences of `ROW` (57), of which the first `SHARED` (0) are the same in
+/// all, with every linear adapted, rank 16. Tokens of sequences count, however often they are computed.
 #[test]
 #[ignore = "a measurement"]
 fn training_step() {
     let model = model();
     let adapter = busy_adapter(&model, 16);
-    let tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 20_000.0) as u32).collect();
-    let marks = [true; 512];
-    let rows = tokens.chunks(setting("ROW", 57)).map(|chunk| (chunk, &marks[..chunk.len()]));
-    let pack = Pack::new(&rows.collect::<Vec<_>>());
+    let mut tokens: Vec<u32> = noise(5, 512).iter().map(|value| ((value + 1.0) * 20_000.0) as u32).collect();
+    let (row, shared) = (setting("ROW", 57), setting("SHARED", 0));
+    for sequence in tokens.chunks_mut(row) {
+        sequence.iter_mut().zip(0..shared as u32).for_each(|(token, common)| *token = common);
+    }
+    // Nothing is predicted within the beginning, as in a conversation.
+    let marks: Vec<bool> = (0..512).map(|index| index % row > shared).collect();
+    let pack = model.pack(&tokens.chunks(row).zip(marks.chunks(row)).collect::<Vec<_>>());
+    println!("{} of 512 rows", pack.tokens.len());
     let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
     for step in 0..setting("STEPS", 4) {
         measure(&format!("training step {step}"), 512, || {
