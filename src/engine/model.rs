@@ -29,6 +29,7 @@ mod workspace;
 
 pub(crate) use assemble::TensorSource;
 pub use assemble::{TensorSpec, tensors};
+use cache::CacheLayout;
 pub use cache::KvCache;
 pub use config::{
     AttentionOptions, MambaOptions, Mixing, MlpLayout, MlpOptions, ModelConfig, NormOptions, Positions, Rope,
@@ -252,7 +253,7 @@ impl Model {
             return Err(ModelError::Row { row, tokens: pack.tokens.len() });
         }
         self.forward_pack(adapter, pack, workspace, Keep::One)?;
-        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), rows, workspace)))
+        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), rows, workspace).to_vec()))
     }
 
     /// The residual stream (T,C) before each layer, and last the normed stream before the head: what Hugging
@@ -273,7 +274,12 @@ impl Model {
 
     /// An empty cache for `sequences` sequences of up to `capacity` tokens each.
     pub fn new_cache(&self, sequences: usize, capacity: usize) -> KvCache {
-        KvCache::new(self.decoder.kept(), sequences, capacity)
+        self.new_cache_of(&vec![capacity; sequences])
+    }
+
+    /// An empty cache for one sequence of up to so many tokens for each of `capacities`.
+    pub fn new_cache_of(&self, capacities: &[usize]) -> KvCache {
+        KvCache::new(self.decoder.kept(), capacities)
     }
 
     /// Feeds new tokens to each sequence of the cache (many: prefill; one: a decoding step; none: the
@@ -288,22 +294,93 @@ impl Model {
         tokens: &[&[u32]],
         workspace: &mut Workspace,
     ) -> Result<Vec<Option<Vec<f32>>>, ModelError> {
-        let layout = cache.layout(tokens)?;
-        let fed: Vec<u32> = tokens.concat();
-        self.check(adapter, &fed)?;
-        if fed.is_empty() {
-            return Ok(vec![None; tokens.len()]);
-        }
-        let logits = self.inside(|| {
-            self.decoder.prepare(workspace, &layout.positions);
-            let pass = self.pass(adapter, &layout.positions, &layout.spans);
-            self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout)))?;
-            Ok::<_, ModelError>(self.decoder.logits(&pass, &layout.last_rows(), workspace))
-        })?;
-        cache.advance(tokens);
+        let logits = self.extend_in_place(adapter, cache, tokens, workspace)?;
         let mut logits = logits.chunks_exact(self.config.vocab_size);
         let next = |fed: &&[u32]| if fed.is_empty() { None } else { logits.next().map(<[f32]>::to_vec) };
         Ok(tokens.iter().map(next).collect())
+    }
+
+    /// As [`Model::extend`], the logits (sequences that advanced, V) in the workspace.
+    ///
+    /// # Errors
+    /// As [`Model::extend`].
+    pub(crate) fn extend_in_place<'w>(
+        &self,
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        tokens: &[&[u32]],
+        workspace: &'w mut Workspace,
+    ) -> Result<&'w mut [f32], ModelError> {
+        let layout = self.forward_cached(adapter, cache, tokens, workspace)?;
+        cache.advance(tokens);
+        let rows = layout.last_rows();
+        if rows.is_empty() {
+            return Ok(&mut []);
+        }
+        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), &rows, workspace)))
+    }
+
+    /// As [`Model::extend`], for tokens whose logits nobody wants.
+    ///
+    /// # Errors
+    /// As [`Model::extend`].
+    pub(crate) fn feed(
+        &self,
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        tokens: &[&[u32]],
+        workspace: &mut Workspace,
+    ) -> Result<(), ModelError> {
+        self.forward_cached(adapter, cache, tokens, workspace)?;
+        cache.advance(tokens);
+        Ok(())
+    }
+
+    /// The loss of the `continuations` of what each sequence of the cache holds, one a sequence, given as to
+    /// [`Pack::new`]: (tokens, whether each is supervised). The sequences stay as they are.
+    ///
+    /// # Errors
+    /// As [`Model::extend`].
+    pub fn loss_after(
+        &self,
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        continuations: &[(&[u32], &[bool])],
+        workspace: &mut Workspace,
+    ) -> Result<Vec<SequenceLoss>, ModelError> {
+        let pack = Pack::new(continuations);
+        let rows = pack.supervised_rows();
+        if rows.is_empty() {
+            return Ok(pack.by_sequence(&[], &[]));
+        }
+        let tokens: Vec<&[u32]> = continuations.iter().map(|(tokens, _)| *tokens).collect();
+        self.forward_cached(adapter, cache, &tokens, workspace)?;
+        let losses = self.inside(|| {
+            let pass = self.pass(adapter, &[], &[]);
+            self.decoder.loss(&pass, &pack, &rows, None, workspace)
+        })?;
+        Ok(pack.by_sequence(&rows, &losses))
+    }
+
+    /// Runs tokens on top of what the cache holds, whose sequences do not advance yet.
+    fn forward_cached(
+        &self,
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        tokens: &[&[u32]],
+        workspace: &mut Workspace,
+    ) -> Result<CacheLayout, ModelError> {
+        let layout = cache.layout(tokens)?;
+        let fed: Vec<u32> = tokens.concat();
+        self.check(adapter, &fed)?;
+        if !fed.is_empty() {
+            self.inside(|| {
+                self.decoder.prepare(workspace, &layout.positions);
+                let pass = self.pass(adapter, &layout.positions, &layout.spans);
+                self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout)))
+            })?;
+        }
+        Ok(layout)
     }
 
     fn forward_pack(

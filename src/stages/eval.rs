@@ -69,7 +69,7 @@ fn default_batch() -> usize {
 }
 
 fn default_latency_samples() -> usize {
-    2
+    1
 }
 
 /// A row of the prompts table.
@@ -148,7 +148,7 @@ impl StageKind for Eval {
             .hint("give `split` a `test` share or a `test` input, or name `prompts`"));
         }
         let arms = arms(&params, &train);
-        let mut asker = Asker::open(context, &params)?;
+        let asker = Asker::open(context, &params)?;
         let (mut answered, leak_check) = unanswered(&questions, &train);
         let mut prompted: Vec<Prompted> = prompts
             .iter()
@@ -159,28 +159,33 @@ impl StageKind for Eval {
                 arms: Vec::new(),
             })
             .collect();
+        let mut tokens = vec![0; questions.len()];
         for arm in &arms {
-            let conversations: Vec<Vec<Message>> =
-                questions.iter().map(|example| arm.conversation(&example.messages)).collect();
-            let losses = asker.losses(arm, &conversations)?;
-            let asked = asker.answers(arm, &conversations, params.max_answer_tokens)?;
-            for (index, (row, asked)) in answered.iter_mut().zip(asked).enumerate() {
-                let right = (!row.key_facts.is_empty()).then(|| holds_key_facts(&asked.text, &row.key_facts));
-                row.arms.push(arm_answer(arm, asked, right, Some(losses[index].nll)));
+            let asked: Vec<(Vec<Message>, usize)> = questions
+                .iter()
+                .map(|example| (arm.conversation(&example.messages), params.max_answer_tokens))
+                .chain(
+                    prompts
+                        .iter()
+                        .map(|row| (arm.conversation(&[user(&row.prompt)]), params.max_prompt_tokens)),
+                )
+                .collect();
+            let mut answers = asker.answers(arm, &asked)?.into_iter();
+            for ((row, tokens), answer) in answered.iter_mut().zip(&mut tokens).zip(&mut answers) {
+                let right =
+                    (!row.key_facts.is_empty()).then(|| holds_key_facts(&answer.text, &row.key_facts));
+                *tokens = answer.reference.map_or(0, |loss| loss.supervised);
+                row.arms.push(arm_answer(arm, answer, right));
             }
-            let free: Vec<Vec<Message>> =
-                prompts.iter().map(|row| arm.conversation(&[user(&row.prompt)])).collect();
-            for (row, asked) in
-                prompted.iter_mut().zip(asker.answers(arm, &free, params.max_prompt_tokens)?)
-            {
-                row.arms.push(arm_answer(arm, asked, None, None));
+            for (row, answer) in prompted.iter_mut().zip(answers) {
+                row.arms.push(arm_answer(arm, answer, None));
             }
-            if let Some(seconds) = asker.latency(arm, &conversations, &params)? {
+            let samples = asked.into_iter().take(params.latency_samples.min(questions.len()));
+            if let Some(seconds) = asker.latency(arm, samples)? {
                 context.metric(&format!("{}.latency_seconds", arm.name), seconds);
             }
         }
-        let tokens = asker.supervised_tokens();
-        let summary = summarise(&arms, &answered, &prompted, tokens, leak_check, params.seed);
+        let summary = summarise(&arms, &answered, &prompted, &tokens, leak_check, params.seed);
         report_metrics(context, &summary);
         write_table(&context.out.join("answers.jsonl"), &answered)?;
         write_table(&context.out.join("prompts.jsonl"), &prompted)?;
@@ -258,13 +263,13 @@ fn unanswered(questions: &[Example], train: &[Example]) -> (Vec<Answered>, LeakC
     (rows, check)
 }
 
-fn arm_answer(arm: &Arm, asked: Asked, right: Option<bool>, loss: Option<f64>) -> ArmAnswer {
+fn arm_answer(arm: &Arm, asked: Asked, right: Option<bool>) -> ArmAnswer {
     ArmAnswer {
         arm: arm.name.to_owned(),
         words: asked.text.split_whitespace().count(),
         answer: asked.text,
         right,
-        loss,
+        loss: asked.reference.map(|loss| loss.nll),
         tokens: asked.tokens,
         stopped: asked.stopped,
     }

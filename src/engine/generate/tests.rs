@@ -68,6 +68,50 @@ fn what_prompts_share_is_read_once_and_changes_nothing() {
 }
 
 #[test]
+fn references_have_the_losses_of_whole_passes_and_change_no_answer() {
+    let beginning: Vec<u32> = prompts(40).concat().into_iter().take(20).collect();
+    let tail = |prompt: &Vec<u32>| prompt[..prompt.len().min(9)].to_vec();
+    let prompts: Vec<Vec<u32>> =
+        prompts(6).iter().map(|prompt| [&beginning[..], &tail(prompt), &[4, 5]].concat()).collect();
+    // What the prompt is followed by, what counts of it, and what it parts from the prompt by.
+    let texts: Vec<(Vec<u32>, Vec<bool>)> = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, prompt)| {
+            let kept = prompt.len() - [0, 1, 12, 0, 0, 0][index];
+            let tokens = [&prompt[..kept], &[9, 8, 7, 6 + index as u32, 3]].concat();
+            let counts = |place: usize| (kept..kept + 4).contains(&place) || index == 3 && place == 5;
+            let supervised = (0..tokens.len()).map(counts).collect();
+            (tokens, supervised)
+        })
+        .collect();
+    let requests: Vec<Request<'_>> = prompts
+        .iter()
+        .zip(&texts)
+        .enumerate()
+        .map(|(index, (prompt, (tokens, supervised)))| Request {
+            prompt,
+            max_new_tokens: [12, 12, 12, 12, 5, 0][index],
+            reference: (index != 4).then_some(Reference { tokens, supervised }),
+        })
+        .collect();
+    for batch in [16, 2] {
+        let options = GenerateOptions { batch, ..GenerateOptions::greedy(12, vec![2]) };
+        let plain = tokens(&prompts, &options);
+        let answers = answer(&MODEL, None, &requests, &options, &mut ()).unwrap();
+        for (index, answer) in answers.iter().enumerate() {
+            let most = plain[index].len().min(requests[index].max_new_tokens);
+            assert_eq!(answer.tokens, plain[index][..most], "answer {index}");
+            let (tokens, supervised) = &texts[index];
+            let pack = Pack::new(&[(tokens, supervised)]);
+            let whole = MODEL.loss(None, &pack, &mut Workspace::default()).unwrap()[0];
+            assert_eq!(answer.reference, (index != 4).then_some(whole), "reference {index}");
+            assert!(whole.supervised == 4 + usize::from(index == 3));
+        }
+    }
+}
+
+#[test]
 fn logits_are_those_of_the_prompt_alone_to_the_bit() {
     let prompts = prompts(5);
     let mut workspace = Workspace::default();

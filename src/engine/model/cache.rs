@@ -5,6 +5,8 @@
 //! A pass that fails leaves the cache as it was: keys beyond a sequence's length are never read, and new states
 //! stand beside the old ones until `advance`.
 
+use std::ops::Range;
+
 use super::ModelError;
 use crate::backend::{Carry, Span};
 
@@ -13,7 +15,8 @@ use crate::backend::{Carry, Span};
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,
     lengths: Vec<usize>,
-    capacity: usize,
+    /// The rows of each sequence.
+    stretches: Vec<Range<usize>>,
 }
 
 /// One layer's share.
@@ -23,11 +26,12 @@ pub(super) enum LayerCache {
     Mamba(RecurrentState),
 }
 
-/// Keys (after rotation) and values, (sequences · capacity, kv_heads·D) each.
+/// Keys (after rotation) and values, (rows of all sequences, kv_heads·D) each.
 #[derive(Debug, Clone)]
 pub(super) struct KeysValues {
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
+    width: usize,
 }
 
 /// The states of a convolution and of a scan.
@@ -104,18 +108,26 @@ impl Slots {
 }
 
 impl KvCache {
-    pub(super) fn new(layers: impl Iterator<Item = Kept>, sequences: usize, capacity: usize) -> Self {
+    /// One sequence of up to so many tokens for each of `capacities`.
+    pub(super) fn new(layers: impl Iterator<Item = Kept>, capacities: &[usize]) -> Self {
+        let mut rows = 0;
+        let mut stretch = |capacity: &usize| {
+            rows += capacity;
+            rows - capacity..rows
+        };
+        let stretches: Vec<Range<usize>> = capacities.iter().map(&mut stretch).collect();
+        let sequences = capacities.len();
         let layer = |kept| match kept {
             Kept::Rows { width } => {
-                let size = sequences * capacity * width;
-                LayerCache::Attention(KeysValues { k: vec![0.0; size], v: vec![0.0; size] })
+                let values = || vec![0.0; rows * width];
+                LayerCache::Attention(KeysValues { k: values(), v: values(), width })
             }
             Kept::States { conv, scan } => LayerCache::Mamba(RecurrentState {
                 conv: Slots::new(sequences, conv),
                 scan: Slots::new(sequences, scan),
             }),
         };
-        Self { layers: layers.map(layer).collect(), lengths: vec![0; sequences], capacity }
+        Self { layers: layers.map(layer).collect(), lengths: vec![0; sequences], stretches }
     }
 
     /// Number of tokens each sequence holds.
@@ -123,9 +135,9 @@ impl KvCache {
         &self.lengths
     }
 
-    /// Most tokens a sequence can hold.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// Most tokens each sequence can hold.
+    pub fn capacities(&self) -> impl Iterator<Item = usize> {
+        self.stretches.iter().map(Range::len)
     }
 
     /// Forgets all but the first `len` tokens of a sequence. A sequence with Mamba layers can only be forgotten
@@ -152,16 +164,16 @@ impl KvCache {
         Ok(())
     }
 
-    /// Makes sequence `to` hold what sequence `from` holds.
+    /// Makes sequence `to`, which has room for it, hold what sequence `from` holds.
     pub fn fork(&mut self, from: usize, to: usize) {
-        let (rows, sequences, capacity) = (self.lengths[from], self.lengths.len(), self.capacity.max(1));
+        let (rows, source) = (self.lengths[from], self.stretches[from].start);
+        assert!(rows <= self.stretches[to].len(), "BUG: a sequence forked into too little room");
         for layer in &mut self.layers {
             match layer {
-                LayerCache::Attention(KeysValues { k, v }) => {
+                LayerCache::Attention(KeysValues { k, v, width }) => {
+                    let target = self.stretches[to].start * *width;
                     for values in [k, v] {
-                        let stretch = values.len() / sequences;
-                        let start = from * stretch;
-                        values.copy_within(start..start + stretch / capacity * rows, to * stretch);
+                        values.copy_within(source * *width..(source + rows) * *width, target);
                     }
                 }
                 LayerCache::Mamba(state) => {
@@ -181,13 +193,14 @@ impl KvCache {
             CacheLayout { positions: Vec::new(), rows: Vec::new(), spans: Vec::new(), slots: Vec::new() };
         for (sequence, (fed, &past)) in tokens.iter().zip(&self.lengths).enumerate() {
             let tokens = past + fed.len();
-            if tokens > self.capacity {
-                return Err(ModelError::CacheFull { sequence, tokens, capacity: self.capacity });
+            let Range { start: base, end } = self.stretches[sequence];
+            if tokens > end - base {
+                return Err(ModelError::CacheFull { sequence, tokens, capacity: end - base });
             }
             if fed.is_empty() {
                 continue;
             }
-            let (first, base) = (layout.rows.len(), sequence * self.capacity);
+            let first = layout.rows.len();
             layout.positions.extend(past..tokens);
             layout.rows.extend(base + past..base + tokens);
             layout.spans.push(Span {

@@ -126,7 +126,7 @@ impl Decoder {
         let Workspace { stream, dstream, scratch, head, .. } = workspace;
         let c = self.head.cols;
         self.gather(pass, rows, stream, head);
-        let HeadBuffers { rows: gathered, normed, dnormed, drows } = head;
+        let HeadBuffers { rows: gathered, normed, dnormed, drows, .. } = head;
         let targets: Vec<u32> = rows.iter().filter_map(|&row| pack.targets[row]).collect();
         let mut losses = vec![0.0; rows.len()];
         let gradient = scale.map(|scale| (sized(dnormed, normed.len()), scale));
@@ -172,12 +172,18 @@ impl Decoder {
         Ok(())
     }
 
-    /// Logits (rows, V).
-    pub(super) fn logits(&self, pass: &Pass<'_>, rows: &[usize], workspace: &mut Workspace) -> Vec<f32> {
-        self.gather(pass, rows, &workspace.stream, &mut workspace.head);
-        let mut logits = vec![0.0; rows.len() * self.head.rows];
-        pass.backend.linear(&mut logits, &workspace.head.normed, &self.head, Write::Overwrite);
-        pass.backend.map_logits(&mut logits, self.logits);
+    /// Logits (rows, V), in the workspace.
+    pub(super) fn logits<'w>(
+        &self,
+        pass: &Pass<'_>,
+        rows: &[usize],
+        workspace: &'w mut Workspace,
+    ) -> &'w mut [f32] {
+        let Workspace { stream, head, .. } = workspace;
+        self.gather(pass, rows, stream, head);
+        let logits = sized(&mut head.logits, rows.len() * self.head.rows);
+        pass.backend.linear(logits, &head.normed, &self.head, Write::Overwrite);
+        pass.backend.map_logits(logits, self.logits);
         logits
     }
 

@@ -92,6 +92,8 @@ pub(super) struct HeadBuffers {
     pub(super) normed: Vec<f32>,
     pub(super) dnormed: Vec<f32>,
     pub(super) drows: Vec<f32>,
+    /// (S,V), of passes that give logits.
+    pub(super) logits: Vec<f32>,
 }
 
 /// Gives `buffer` the length `len`; contents are left over. Capacity never shrinks.

@@ -5,18 +5,15 @@ use std::time::Instant;
 
 use tunesmith_engine::adapter::Adapter;
 use tunesmith_engine::generate::{
-    GenerateError, GenerateHooks, GenerateOptions, Generation, StopReason, generate,
+    GenerateError, GenerateHooks, GenerateOptions, Generation, Reference, Request, StopReason, answer,
 };
-use tunesmith_engine::model::{Model, Pack, SequenceLoss, Workspace};
-use tunesmith_engine::tokenizer::Tokenizer;
+use tunesmith_engine::model::{Model, SequenceLoss};
+use tunesmith_engine::tokenizer::{Tokenizer, TokenizerError};
 use tunesmith_pipeline::stage::{StageContext, StageError};
 
 use super::Params;
 use crate::corpus::Message;
 use crate::stages::train::{open_model, open_tokenizer, turns};
-
-/// Tokens of one pass when losses are computed.
-const PACK_TOKENS: usize = 512;
 
 /// One way of asking the model.
 pub(super) struct Arm {
@@ -45,6 +42,8 @@ pub(super) struct Asked {
     pub(super) tokens: usize,
     /// Whether it ended by itself.
     pub(super) stopped: bool,
+    /// The loss of the answer that the conversation ends with, if it ends with one.
+    pub(super) reference: Option<SequenceLoss>,
 }
 
 /// The model and its adapter, ready to be asked.
@@ -54,7 +53,6 @@ pub(super) struct Asker<'a, 'b> {
     model: Model,
     adapter: Adapter,
     batch: usize,
-    supervised_tokens: Vec<usize>,
 }
 
 impl<'a, 'b> Asker<'a, 'b> {
@@ -67,80 +65,41 @@ impl<'a, 'b> Asker<'a, 'b> {
             StageError::new("eval::adapter", error.to_string())
                 .hint("`adapter` must be trained on this `base`")
         })?;
-        Ok(Self { context, tokenizer, model, adapter, batch: params.batch, supervised_tokens: Vec::new() })
+        Ok(Self { context, tokenizer, model, adapter, batch: params.batch })
     }
 
     fn adapter(&self, arm: &Arm) -> Option<&Adapter> {
         arm.tuned.then_some(&self.adapter)
     }
 
-    /// Supervised tokens of each reference answer, the same for every arm.
-    pub(super) fn supervised_tokens(&self) -> &[usize] {
-        &self.supervised_tokens
-    }
-
-    /// Summed loss of each conversation's assistant tokens.
-    pub(super) fn losses(
-        &mut self,
-        arm: &Arm,
-        conversations: &[Vec<Message>],
-    ) -> Result<Vec<SequenceLoss>, StageError> {
-        let rows = conversations
-            .iter()
-            .map(|messages| {
-                self.tokenizer
-                    .supervise(&turns(messages))
-                    .map_err(|error| StageError::new("eval::template", error.to_string()))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut losses = Vec::with_capacity(rows.len());
-        let mut workspace = Workspace::default();
-        let mut start = 0;
-        while start < rows.len() {
-            self.context.check_cancelled()?;
-            let mut end = start + 1;
-            let mut tokens = rows[start].tokens.len();
-            while end < rows.len() && tokens + rows[end].tokens.len() <= PACK_TOKENS {
-                tokens += rows[end].tokens.len();
-                end += 1;
-            }
-            let sequences: Vec<(&[u32], &[bool])> = rows[start..end]
-                .iter()
-                .map(|row| (row.tokens.as_slice(), row.supervised.as_slice()))
-                .collect();
-            let pack = Pack::new(&sequences);
-            losses.extend(
-                self.model
-                    .loss(self.adapter(arm), &pack, &mut workspace)
-                    .map_err(|error| StageError::new("eval::model", error.to_string()))?,
-            );
-            start = end;
-            self.say(arm, losses.len(), rows.len(), "losses");
-        }
-        self.supervised_tokens = losses.iter().map(|loss| loss.supervised).collect();
-        Ok(losses)
-    }
-
-    /// Greedy answers to conversations whose last turn is the user's; an assistant turn at the end is left off.
+    /// Greedy answers to conversations whose last turn is the user's, each of at most so many tokens. Where an
+    /// assistant turn ends the conversation, it is the reference: not shown to the model, but its loss is taken.
     pub(super) fn answers(
         &self,
         arm: &Arm,
-        conversations: &[Vec<Message>],
-        max_tokens: usize,
+        conversations: &[(Vec<Message>, usize)],
     ) -> Result<Vec<Asked>, StageError> {
-        let prompts = conversations
+        let template = |error: TokenizerError| StageError::new("eval::template", error.to_string());
+        let mut prepared = Vec::with_capacity(conversations.len());
+        for (messages, limit) in conversations {
+            let answered = messages.last().is_some_and(|message| message.role == "assistant");
+            let asked = &messages[..messages.len() - usize::from(answered)];
+            let prompt = self.tokenizer.prompt_ids(&turns(asked)).map_err(template)?;
+            let reference =
+                answered.then(|| self.tokenizer.supervise(&turns(messages)).map_err(template)).transpose()?;
+            prepared.push((prompt, reference, *limit));
+        }
+        let requests: Vec<Request<'_>> = prepared
             .iter()
-            .map(|messages| {
-                let answered = messages.last().is_some_and(|message| message.role == "assistant");
-                let asked = &messages[..messages.len() - usize::from(answered)];
-                self.tokenizer
-                    .prompt_ids(&turns(asked))
-                    .map_err(|error| StageError::new("eval::template", error.to_string()))
+            .map(|(prompt, reference, limit)| Request {
+                prompt,
+                max_new_tokens: *limit,
+                reference: reference
+                    .as_ref()
+                    .map(|text| Reference { tokens: &text.tokens, supervised: &text.supervised }),
             })
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut hooks = Hooks { asker: self, arm, done: 0, total: prompts.len() };
-        let generated = self.generate(arm, &prompts, max_tokens, &mut hooks)?;
-        generated
+            .collect();
+        self.generate(arm, &requests)?
             .into_iter()
             .map(|generation| {
                 let text = self
@@ -151,6 +110,7 @@ impl<'a, 'b> Asker<'a, 'b> {
                     text: text.trim().to_owned(),
                     tokens: generation.tokens.len(),
                     stopped: generation.stopped == StopReason::EndOfTurn,
+                    reference: generation.reference,
                 })
             })
             .collect()
@@ -160,29 +120,24 @@ impl<'a, 'b> Asker<'a, 'b> {
     pub(super) fn latency(
         &self,
         arm: &Arm,
-        conversations: &[Vec<Message>],
-        params: &Params,
+        questions: impl Iterator<Item = (Vec<Message>, usize)>,
     ) -> Result<Option<f64>, StageError> {
         let mut seconds = Vec::new();
-        for conversation in conversations.iter().take(params.latency_samples) {
+        for (mut messages, limit) in questions {
+            messages.pop_if(|message| message.role == "assistant");
             let started = Instant::now();
-            self.answers(arm, std::slice::from_ref(conversation), params.max_answer_tokens)?;
+            self.answers(arm, &[(messages, limit)])?;
             seconds.push(started.elapsed().as_secs_f64());
         }
         seconds.sort_by(f64::total_cmp);
         Ok(seconds.get(seconds.len() / 2).copied())
     }
 
-    fn generate(
-        &self,
-        arm: &Arm,
-        prompts: &[Vec<u32>],
-        max_tokens: usize,
-        hooks: &mut Hooks<'_, '_, '_>,
-    ) -> Result<Vec<Generation>, StageError> {
+    fn generate(&self, arm: &Arm, requests: &[Request<'_>]) -> Result<Vec<Generation>, StageError> {
         let stop_ids = [self.tokenizer.end_of_turn_ids(), &self.model.config().eos_token_ids].concat();
-        let options = GenerateOptions { batch: self.batch, ..GenerateOptions::greedy(max_tokens, stop_ids) };
-        generate(&self.model, self.adapter(arm), prompts, &options, hooks).map_err(|error| match error {
+        let options = GenerateOptions { batch: self.batch, ..GenerateOptions::greedy(usize::MAX, stop_ids) };
+        let mut hooks = Hooks { asker: self, arm, done: 0, total: requests.len() };
+        answer(&self.model, self.adapter(arm), requests, &options, &mut hooks).map_err(|error| match error {
             GenerateError::Cancelled => StageError::cancelled(),
             error => StageError::new("eval::generate", error.to_string()),
         })

@@ -193,6 +193,32 @@ fn forked_sequence_goes_on_as_the_one_it_came_from() {
 }
 
 #[test]
+fn loss_after_a_prefix_is_that_of_the_whole_and_leaves_the_cache_as_it_was() {
+    let (prefix, token) = ([5u32, 9, 2, 7], [8u32]);
+    let (tail, marks) = ([3u32, 1, 4, 6], [false, true, false, true]);
+    for (family, stored, device) in models() {
+        let model = random_model(&family, stored, &device);
+        let (adapter, mut workspace) = (busy_adapter(&model, 3), Workspace::default());
+        let whole = [&prefix[..], &tail[..]].concat();
+        let whole_marks = [&[false; 4][..], &marks[..]].concat();
+        let pack = Pack::new(&[(&whole, &whole_marks)]);
+        let want = model.loss(Some(&adapter), &pack, &mut workspace).unwrap()[0];
+        let mut cache = model.new_cache_of(&[4, 9, 5]);
+        model.feed(Some(&adapter), &mut cache, &[&[], &prefix, &prefix], &mut workspace).unwrap();
+        let mut untouched = cache.clone();
+        let tails = [(&[][..], &[][..]), (&tail[..], &marks[..]), (&[], &[])];
+        let got = model.loss_after(Some(&adapter), &mut cache, &tails, &mut workspace).unwrap();
+        assert_eq!(got.iter().map(|loss| loss.supervised).collect::<Vec<_>>(), [0, 2, 0]);
+        assert!((got[1].nll - want.nll).abs() < 1e-4, "{}: {got:?} {want:?}", family.model_type);
+        let mut next = |cache: &mut _| {
+            model.extend(Some(&adapter), cache, &[&[], &token, &token], &mut workspace).unwrap()
+        };
+        assert_eq!(next(&mut cache), next(&mut untouched), "{}", family.model_type);
+        assert_eq!(cache.lengths(), [0, 5, 5]);
+    }
+}
+
+#[test]
 fn failed_pass_leaves_the_cache_as_it_was() {
     for family in odd_configs() {
         let model = random_model(&family, Stored::F32, &CPU);
