@@ -79,7 +79,7 @@ fn evaluation(shown: &Shown<'_>) -> Result<Markup, ReportError> {
         table {
             thead { tr {
                 th { "arm" } th .number { "held-out loss" } th .number { "key-fact accuracy" }
-                th .number { "words an answer" } th .number { "tokens an answer" } th .number { "median seconds an answer" }
+                th .number { "words an answer" } th .number { "tokens an answer" } th .number { "seconds an answer, asked alone" }
             } }
             tbody {
                 @for arm in &summary.arms {

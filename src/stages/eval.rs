@@ -43,11 +43,11 @@ pub(super) struct Params {
     #[serde(default = "default_prompt_tokens")]
     #[schemars(range(min = 1, max = 4096))]
     max_prompt_tokens: usize,
-    /// Prompts answered together.
+    /// Questions and free prompts answered together.
     #[serde(default = "default_batch")]
     #[schemars(range(min = 1, max = 256))]
     batch: usize,
-    /// Questions answered one at a time to measure the latency a user sees.
+    /// Questions answered once more, one at a time, to measure the latency a user sees: the median counts.
     #[serde(default = "default_latency_samples")]
     #[schemars(range(max = 100))]
     latency_samples: usize,
