@@ -29,7 +29,7 @@ pub enum Order {
     /// At random.
     #[default]
     Shuffled,
-    /// At random, then by length within windows of [`WINDOW_STEPS`] steps, and those steps at random again: the
+    /// At random, then by length within windows of `WINDOW_STEPS` steps, and those steps at random again: the
     /// rows of a step are of like length, so steps of few rows differ less in what each row weighs.
     ByLength,
 }
