@@ -47,6 +47,8 @@ pub(super) enum TrackingError {
     Unreachable { uri: String, call: String, reason: String },
     #[error("the MLflow server at `{uri}` answers `{call}` with {status}: {text}")]
     Refused { uri: String, call: String, status: u16, text: String },
+    #[error("the server at `{uri}` answers `{call}` without an id; is it an MLflow server?")]
+    NoId { uri: String, call: String },
 }
 
 impl Tracking {
@@ -59,7 +61,7 @@ impl Tracking {
             "runs/create",
             &json!({ "experiment_id": experiment, "start_time": now, "run_name": record.run_name }),
         )?;
-        let run = created.pointer("/run/info/run_id").cloned().unwrap_or_default();
+        let run = server.id("runs/create", created.pointer("/run/info/run_id"))?;
         for params in record.params.chunks(PARAMS_MAX) {
             let params: Vec<Value> = params
                 .iter()
@@ -124,13 +126,19 @@ impl<'a> Server<'a> {
         })?;
         url.query_pairs_mut().append_pair("experiment_name", name);
         match self.send(call, self.client.get(url)) {
-            Ok(found) => Ok(found.pointer("/experiment/experiment_id").cloned().unwrap_or_default()),
+            Ok(found) => self.id(call, found.pointer("/experiment/experiment_id")),
             Err(TrackingError::Refused { status: 404, .. }) => {
-                let made = self.post("experiments/create", &json!({ "name": name }))?;
-                Ok(made["experiment_id"].clone())
+                let call = "experiments/create";
+                self.id(call, self.post(call, &json!({ "name": name }))?.get("experiment_id"))
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// What `call` was made for; a server that answers well but without it is another kind of server.
+    fn id(&self, call: &str, found: Option<&Value>) -> Result<Value, TrackingError> {
+        let missing = || TrackingError::NoId { uri: self.uri.to_owned(), call: call.to_owned() };
+        found.filter(|id| id.is_string()).cloned().ok_or_else(missing)
     }
 
     fn post(&self, call: &str, body: &Value) -> Result<Value, TrackingError> {
@@ -227,6 +235,23 @@ mod tests {
 
     fn tracking(uri: String) -> Tracking {
         Tracking { uri, experiment: "notes".into(), token_env: None }
+    }
+
+    #[test]
+    fn a_server_of_another_kind_is_named() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let page = std::thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+            while !head.next().unwrap().unwrap().is_empty() {}
+            let text = "HTTP/1.1 200 OK\r\ncontent-length: 13\r\nconnection: close\r\n\r\n<html></html>";
+            stream.write_all(text.as_bytes()).unwrap();
+        });
+        let record = Record { run_name: "adapter", params: Vec::new(), scalars: &[] };
+        let error = tracking(uri).log(&record).unwrap_err().to_string();
+        page.join().unwrap();
+        assert!(error.ends_with("without an id; is it an MLflow server?"), "{error}");
     }
 
     #[test]
