@@ -13,7 +13,7 @@ use tunesmith_engine::backend::Compute;
 use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
-use tunesmith_engine::trainer::peak_rss_bytes;
+use tunesmith_engine::process::peak_rss_bytes;
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]

@@ -24,6 +24,7 @@ pub mod generate;
 pub mod matrix;
 pub mod model;
 pub mod optimizer;
+pub mod process;
 pub mod quant;
 mod random;
 pub mod tokenizer;

@@ -16,6 +16,7 @@ use std::time::Instant;
 use crate::adapter::{Adapter, Gradients};
 use crate::model::{Model, Noise, Pack, Workspace};
 use crate::optimizer::{AdamW, clip_factor};
+use crate::process::peak_rss_bytes;
 use crate::random::Random;
 
 mod batches;
@@ -33,7 +34,7 @@ mod schedule;
 pub use batches::{Batch, Order};
 pub use checkpoint::CheckpointFolder;
 pub use evaluate::Evaluation;
-pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport, peak_rss_bytes};
+pub use events::{EvalRecord, RunPlan, StepRecord, TrainHooks, TrainReport};
 pub use examples::{PrepareProblem, PrepareReason, TokenizedExample, prepare};
 pub use gates::{Gates, Severity};
 pub use memory::{MemoryPlan, readable};

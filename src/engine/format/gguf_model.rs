@@ -122,12 +122,6 @@ fn key_heads(keys: &Keys<'_>) -> Result<(Option<usize>, Option<Vec<&'static str>
 }
 
 fn refuse_other_models(file: &Gguf, architecture: &'static str) -> Result<(), GgufError> {
-    if file.unsigned("split.count")?.is_some_and(|count| count > 1) {
-        return Err(GgufError::Unsupported {
-            what: "a model split over several files".to_owned(),
-            hint: "join it with `llama-gguf-split --merge`",
-        });
-    }
     if (Keys { file, architecture }).count("expert_count")?.is_some_and(|count| count > 0) {
         return Err(GgufError::Unsupported {
             what: "a mixture of experts".to_owned(),

@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use crate::adapter::Adapter;
 use crate::model::Model;
+use crate::process::memory_before;
 
-use super::events::memory_before;
 use super::options::{TrainError, TrainOptions};
 
 /// Most logits that stand in memory at once, on the CPU.
