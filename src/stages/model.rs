@@ -90,7 +90,7 @@ impl StageKind for Model {
         match Origin::parse(source) {
             Ok(Origin::Local { path }) => vec![SourceSpec {
                 name: "source".to_owned(),
-                patterns: vec![path],
+                patterns: fetch::parts(&path),
                 param: "source".to_owned(),
                 empty: EmptySource::Refused,
             }],

@@ -55,9 +55,9 @@ pub enum GgufError {
     )]
     PartName { part: u64, count: u64 },
     #[error(
-        "part {part} of {count} is missing: there is no file `{}`; hint: put all parts into one folder", file.display()
+        "part {part} of {count} is missing: there is no file `{name}` beside it; hint: put all parts into one folder"
     )]
-    MissingPart { part: u64, count: u64, file: PathBuf },
+    MissingPart { part: u64, count: u64, name: String },
     #[error(
         "`{key}` is {got}, but {expected} is expected here; hint: the parts are not of one model, or one was renamed"
     )]

@@ -67,6 +67,20 @@ impl Origin {
     }
 }
 
+/// All files of the model that `file` is: itself, or every part where its name is that of a part of a split GGUF
+/// model (`x-00002-of-00003.gguf`).
+pub(crate) fn parts(file: &str) -> Vec<String> {
+    const DIGITS: usize = 5;
+    let split = || {
+        let (stem, count) = file.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (stem, number) = stem.rsplit_once('-')?;
+        let is_number = |text: &str| text.len() == DIGITS && text.bytes().all(|byte| byte.is_ascii_digit());
+        let last: usize = count.parse().ok().filter(|_| is_number(number) && is_number(count))?;
+        Some((1..=last).map(|part| format!("{stem}-{part:05}-of-{count}.gguf")).collect())
+    };
+    split().unwrap_or_else(|| vec![file.to_owned()])
+}
+
 /// Makes the model's files available and returns the GGUF file, safetensors file or folder. Downloads go
 /// below `scratch`; a local source is read from the store.
 pub(crate) fn fetch(
@@ -197,6 +211,10 @@ fn hub(
         }
         return Ok(folder);
     };
+    // The parts of a split model lie side by side in the Hub's cache.
+    for part in parts(file) {
+        api.get(&part).map_err(failed)?;
+    }
     api.get(file).map_err(failed)
 }
 
@@ -217,12 +235,8 @@ fn local(context: &StageContext<'_>, path: &str, scratch: &Path) -> Result<PathB
         fs_err::create_dir_all(link.parent().unwrap_or(&folder))?;
         fs_err::os::unix::fs::symlink(&file.object, &link)?;
     }
-    match files {
-        [only] if only.path.trim_start_matches("./") == wanted => {
-            Ok(folder.join(wanted.rsplit('/').next().unwrap_or(wanted)))
-        }
-        _ => Ok(folder),
-    }
+    let is_file = files.iter().any(|file| file.path.trim_start_matches("./") == wanted);
+    Ok(if is_file { folder.join(wanted.rsplit('/').next().unwrap_or(wanted)) } else { folder })
 }
 
 #[cfg(test)]
@@ -273,6 +287,17 @@ mod tests {
         ];
         let wanted: Vec<&str> = all.into_iter().filter(|file| is_wanted(file)).collect();
         assert_eq!(wanted, ["config.json", "model-00001-of-00002.safetensors"]);
+    }
+
+    #[test]
+    fn a_part_of_a_split_model_brings_the_others() {
+        let all = ["q/x-00001-of-00003.gguf", "q/x-00002-of-00003.gguf", "q/x-00003-of-00003.gguf"];
+        assert_eq!(parts("q/x-00002-of-00003.gguf"), all);
+        for whole in
+            ["x.gguf", "x-1-of-3.gguf", "x-00001-of-00002.safetensors", "a-of-00002.gguf", "00001-of-é.gguf"]
+        {
+            assert_eq!(parts(whole), [whole]);
+        }
     }
 
     #[test]

@@ -49,9 +49,10 @@ impl Split {
         let stem = stem.ok_or(GgufError::PartName { part, count })?;
         let mut parts = Vec::new();
         for part in 1..=count {
-            let file = path.with_file_name(format!("{stem}-{part:05}-of-{count:05}.gguf"));
+            let name = format!("{stem}-{part:05}-of-{count:05}.gguf");
+            let file = path.with_file_name(&name);
             if !file.exists() {
-                return Err(GgufError::MissingPart { part, count, file });
+                return Err(GgufError::MissingPart { part, count, name });
             }
             parts.push(file);
         }
