@@ -120,6 +120,10 @@ impl ManifestArgs {
 /// Parses the command line and runs the command.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(missing) = tunesmith_engine::backend::check_instruction_set() {
+        problems::show_error(&missing, Some("unset `TUNESMITH_CPU`: the fastest set is then taken"));
+        return Failure::Usage.into();
+    }
     let store = || open_store(cli.cache.clone());
     let ended = match cli.command {
         Command::Check(options) => check::main(&options),

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::harness::Project;
+use crate::harness::{Project, Ran};
 use crate::tiny_model;
 
 #[test]
@@ -36,4 +36,13 @@ fn what_cannot_be_measured_is_named() {
         .run(&["bench", "train", "--model", "model", "--tokens", "tokens.i32"])
         .code(1)
         .says("holds 2 tokens, but 7168 are needed for 7 steps");
+}
+
+#[test]
+fn instruction_set_that_is_not_here_is_named() {
+    let project = Project::new();
+    let mut command = project.command(&["bench", "train", "--model", "nowhere.gguf"]);
+    let ran = Ran::from(command.env("TUNESMITH_CPU", "mmx").output().unwrap());
+    ran.code(2)
+        .says("`TUNESMITH_CPU` asks for `mmx`, which is no instruction set of this CPU; it has `portable`");
 }

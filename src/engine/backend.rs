@@ -21,7 +21,7 @@ mod conformance;
 mod cpu;
 mod reference;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, NoSuchSet, check_instruction_set};
 pub use reference::Reference;
 
 /// Which implementation of [`Backend`] computes.
@@ -44,11 +44,14 @@ pub struct Compute {
 
 impl Compute {
     /// The backend this describes.
-    pub fn backend(&self) -> Box<dyn Backend> {
-        match self.kind {
+    ///
+    /// # Errors
+    /// `TUNESMITH_CPU` names an instruction set that this CPU lacks.
+    pub fn backend(&self) -> Result<Box<dyn Backend>, NoSuchSet> {
+        Ok(match self.kind {
             BackendKind::Reference => Box::new(Reference),
-            BackendKind::Cpu => Box::new(Cpu::new(self.threads)),
-        }
+            BackendKind::Cpu => Box::new(Cpu::new(self.threads)?),
+        })
     }
 }
 

@@ -46,6 +46,9 @@ use noise::RowNoise;
 /// Why a model cannot be opened or a pass cannot be computed.
 #[derive(Debug, Error)]
 pub enum ModelError {
+    /// The environment asks for a backend that is not here.
+    #[error(transparent)]
+    Backend(#[from] crate::backend::NoSuchSet),
     /// The checkpoint cannot be read, or lacks a tensor.
     #[error(transparent)]
     Format(#[from] crate::format::FormatError),
@@ -121,7 +124,7 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let decoder = assemble::decoder(&config, source)?;
         let number = MODELS.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { config, decoder, backend: device.backend(), number })
+        Ok(Self { config, decoder, backend: device.backend()?, number })
     }
 
     /// The model's description.

@@ -22,21 +22,29 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Runs `operation`, which gives its outputs, on the reference and on `Cpu` with 1, 2 and 3 threads.
+/// Runs `operation`, which gives its outputs, on the reference and, for every instruction set of this CPU, on
+/// `Cpu` with 1, 2 and 3 threads.
 fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec<f32>>) {
     let expected = operation(&Reference);
-    close(&format!("{what}, portable"), tolerance, &operation(&Cpu::portable(1)), &expected);
-    let one = operation(&Cpu::new(1));
-    close(what, tolerance, &one, &expected);
-    for threads in [2, 3] {
-        let bits =
-            |outputs: &[Vec<f32>]| -> Vec<u32> { outputs.concat().into_iter().map(f32::to_bits).collect() };
-        assert_eq!(
-            bits(&operation(&Cpu::new(threads))),
-            bits(&one),
-            "{what}: {threads} threads give other bits"
-        );
+    let mut bits_by_set = Vec::new();
+    for (set, one) in Cpu::all(1) {
+        let one = operation(&one);
+        close(&format!("{what}, {set}"), tolerance, &one, &expected);
+        bits_by_set.push((set, bits(&one)));
     }
+    for threads in [2, 3] {
+        for ((set, cpu), (_, one)) in Cpu::all(threads).iter().zip(&bits_by_set) {
+            assert!(bits(&operation(cpu)) == *one, "{what}, {set}: {threads} threads give other bits");
+        }
+    }
+    let of = |name| bits_by_set.iter().find(|(set, _)| *set == name);
+    if let (Some((_, avx2)), Some((_, avx512))) = (of("avx2"), of("avx512")) {
+        assert!(avx2 == avx512, "{what}: avx512 gives other bits than avx2");
+    }
+}
+
+fn bits(outputs: &[Vec<f32>]) -> Vec<u32> {
+    outputs.concat().into_iter().map(f32::to_bits).collect()
 }
 
 fn close(what: &str, tolerance: f32, got: &[Vec<f32>], expected: &[Vec<f32>]) {
@@ -273,7 +281,7 @@ fn window_hides_what_lies_before_it() {
         spans: &spans,
     };
     let (q, k) = (noise(1, 70 * 8), noise(2, 70 * 4));
-    for backend in [&Reference as &dyn Backend, &Cpu::new(2)] {
+    for backend in [&Reference as &dyn Backend, &Cpu::new(2).unwrap()] {
         let run = |window, v: &[f32]| {
             let (mut out, mut logsumexp) = (vec![9.0; 70 * 8], vec![9.0; 70 * 2]);
             backend.attention(&mut out, &mut logsumexp, &q, &k, v, &shape(window));

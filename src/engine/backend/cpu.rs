@@ -2,9 +2,10 @@
 //! threads, each output written by one task. Weights are decoded tile by tile next to the product that uses
 //! them, once per pass over at most 512 tokens, and never stand in memory as a whole.
 //!
-//! Knows the operations' arithmetic but not the model that calls them. Products are the `gemm` crate's, which
-//! picks the instruction set itself; everything else is plain Rust compiled for several sets (`rows`), with
-//! sums in a fixed order of lanes, so only products depend on the instruction set.
+//! Knows the operations' arithmetic but not the model that calls them. Products are written once per width of
+//! register (`tile`) and compiled for the instruction sets of `kernel`, one of which is chosen at run time;
+//! everything else is plain Rust compiled for several sets (`rows`), with sums in a fixed order of lanes, so only
+//! products depend on the set.
 //!
 //! ```text
 //! linear ──► decode ──► product        attention ──► product + rows        entropy ──► linear + rows
@@ -28,6 +29,7 @@ mod product;
 mod rows;
 mod scan;
 mod scratch;
+mod tile;
 mod vector;
 
 use kernel::Kernel;
@@ -45,27 +47,57 @@ pub struct Cpu {
     kernel: Kernel,
 }
 
-/// The numerics class of the products on this machine. The number counts the orders of sums there have been:
-/// raise it with every change of bits, for cached results are kept by it.
+/// `TUNESMITH_CPU` names an instruction set that this CPU lacks, or none at all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`TUNESMITH_CPU` asks for `{asked}`, which is no instruction set of this CPU; it has `{}`",
+    here.join("`, `")
+)]
+pub struct NoSuchSet {
+    asked: String,
+    here: Vec<&'static str>,
+}
+
+/// Checks that the instruction set which `TUNESMITH_CPU` names is here.
+///
+/// # Errors
+/// It is not.
+pub fn check_instruction_set() -> Result<(), NoSuchSet> {
+    Kernel::chosen().map(|_| ())
+}
+
+/// The numerics class of the products in this process. The number counts the orders of sums there have been:
+/// raise it with every change of bits, for cached results are kept by it. A set that is not here has none: no
+/// backend is made for it.
 pub(super) fn numerics() -> String {
-    format!("{}-f32.2", Kernel::best().name())
+    match Kernel::chosen() {
+        Ok(kernel) => format!("{}.2", kernel.arithmetic()),
+        Err(missing) => missing.to_string(),
+    }
 }
 
 impl Cpu {
     /// A backend with `threads` threads, at least one.
-    pub fn new(threads: usize) -> Self {
+    ///
+    /// # Errors
+    /// `TUNESMITH_CPU` names an instruction set that is not here.
+    pub fn new(threads: usize) -> Result<Self, NoSuchSet> {
+        Ok(Self::with(Kernel::chosen()?, threads))
+    }
+
+    fn with(kernel: Kernel, threads: usize) -> Self {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.max(1))
             .thread_name(|index| format!("tunesmith-cpu-{index}"))
             .build()
             .expect("the system can start a handful of threads");
-        Self { pool, kernel: Kernel::best() }
+        Self { pool, kernel }
     }
 
-    /// The same without the machine's own instructions.
+    /// One for every instruction set of this CPU, by its name.
     #[cfg(test)]
-    pub(super) fn portable(threads: usize) -> Self {
-        Self { kernel: Kernel::portable(), ..Self::new(threads) }
+    pub(super) fn all(threads: usize) -> Vec<(&'static str, Self)> {
+        Kernel::here().into_iter().map(|kernel| (kernel.name(), Self::with(kernel, threads))).collect()
     }
 
     fn threads(&self) -> usize {

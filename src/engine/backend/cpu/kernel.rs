@@ -1,20 +1,15 @@
-//! The innermost loops of every product: a tile of up to six rows by sixteen columns whose sums stay in
-//! registers while the depth passes by. The left factor is read where it lies, a value at a time; the right one
-//! comes in panels of sixteen columns (see `panel`).
-//!
-//! Each value of the result is one chain of additions over the depth, in order, whatever the tile around it: so
-//! results depend neither on how work is cut into tasks nor on how many rows are multiplied together.
+//! The instruction sets that products are compiled for, and which of them this process uses: the last one of
+//! [`Kernel::here`], or that which `TUNESMITH_CPU` names. What a product is and that it is computed; how, is in
+//! `tile`.
 
-use super::vector::{LANES, Portable, Vector};
+use std::sync::OnceLock;
+
+use super::NoSuchSet;
+use super::tile::Multiply;
+use super::vector::{Portable, Vector};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 16;
-/// Vectors across a panel.
-const ACROSS: usize = PANEL / LANES;
-/// Rows of the tallest tile: twelve sums, two vectors of the panel and a value of the left fill 16 registers.
-const TALLEST: usize = 6;
-/// Rows that pass by all panels before the next ones do: at 288 deep they fill half the second-level cache.
-const ROWS: usize = 32 * TALLEST;
 
 /// The instruction set of a backend's products. Exists only where the CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +20,8 @@ enum Set {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 /// One product: c (rows, cols) = or += scale * a (rows, depth) · b (depth, cols). Distances in values.
@@ -48,32 +45,77 @@ pub(super) struct Product {
 }
 
 impl Kernel {
-    /// The fastest one here.
-    pub(super) fn best() -> Self {
+    /// All that this CPU has, the fastest last.
+    pub(super) fn here() -> Vec<Self> {
+        let mut sets = vec![Set::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            let has = is_x86_feature_detected!("avx2")
+            let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
-            if has {
-                return Self(Set::Avx2);
-            }
+            let avx512 = avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw");
+            sets.extend(avx2.then_some(Set::Avx2));
+            sets.extend(avx512.then_some(Set::Avx512));
         }
-        Self::portable()
+        sets.into_iter().map(Self).collect()
     }
 
-    /// Plain Rust.
-    pub(super) fn portable() -> Self {
-        Self(Set::Portable)
+    /// The one this process uses, found once: `TUNESMITH_CPU`'s, or the fastest.
+    ///
+    /// # Errors
+    /// The variable names none of [`Kernel::here`].
+    pub(super) fn chosen() -> Result<Self, NoSuchSet> {
+        static CHOSEN: OnceLock<Result<Kernel, NoSuchSet>> = OnceLock::new();
+        let asked = || std::env::var_os("TUNESMITH_CPU").filter(|name| !name.is_empty());
+        CHOSEN.get_or_init(|| Self::of(asked().as_deref())).clone()
     }
 
-    /// `avx2`, `neon` or `portable`: what the bits of a product depend on.
+    /// The fastest one here, or the one of that name.
+    fn of(asked: Option<&std::ffi::OsStr>) -> Result<Self, NoSuchSet> {
+        let here = Self::here();
+        let found = match asked {
+            None => here.last(),
+            Some(name) => here.iter().find(|kernel| name == kernel.name()),
+        };
+        found.copied().ok_or_else(|| NoSuchSet {
+            asked: asked.unwrap_or_default().to_string_lossy().into_owned(),
+            here: here.into_iter().map(Self::name).collect(),
+        })
+    }
+
+    /// How `TUNESMITH_CPU` calls it.
     pub(super) fn name(self) -> &'static str {
         match self.0 {
-            Set::Portable if cfg!(target_arch = "aarch64") => "neon",
             Set::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
+        }
+    }
+
+    /// What the bits of a product depend on. Fused multiply-adds give the same on eight lanes and on sixteen:
+    /// every value is its own chain of them.
+    pub(super) fn arithmetic(self) -> &'static str {
+        match self.0 {
+            Set::Portable if cfg!(target_arch = "aarch64") => "neon-f32",
+            Set::Portable => "portable-f32",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 | Set::Avx512 => "fma-f32",
+        }
+    }
+
+    /// Whether few rows want two panels side by side to keep enough sums in flight.
+    pub(super) fn is_wide(self) -> bool {
+        match self.0 {
+            Set::Portable => false,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => false,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => true,
         }
     }
 
@@ -82,8 +124,19 @@ impl Kernel {
     /// # Safety
     /// All its pointers and distances must be in bounds, c exclusively held, and every panel of b sixteen wide.
     pub(super) unsafe fn multiply(self, product: &Product) {
-        // SAFETY: as promised by the caller; a kernel exists only where its instructions do.
-        unsafe { self.run(Multiply(product)) }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn avx512(product: &Product) {
+            // SAFETY: passed on.
+            unsafe { super::tile::multiply_wide::<super::vector::Zmm>(product) }
+        }
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as promised by the caller; a kernel exists only where its instructions do.
+            Set::Avx512 => unsafe { avx512(product) },
+            // SAFETY: as above.
+            _ => unsafe { self.run(Multiply(product)) },
+        }
     }
 
     /// Runs `work` compiled for this instruction set.
@@ -98,12 +151,21 @@ impl Kernel {
             // SAFETY: passed on.
             unsafe { work.run::<super::vector::Avx2>() }
         }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512bw")]
+        unsafe fn avx512(work: impl Work) {
+            // SAFETY: passed on.
+            unsafe { work.run::<super::vector::Avx512>() }
+        }
         match self.0 {
             // SAFETY: passed on.
             Set::Portable => unsafe { work.run::<Portable>() },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: passed on; this value exists only where the CPU has the instructions.
             Set::Avx2 => unsafe { avx2(work) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Set::Avx512 => unsafe { avx512(work) },
         }
     }
 }
@@ -116,138 +178,24 @@ pub(super) trait Work {
     unsafe fn run<V: Vector>(self);
 }
 
-struct Multiply<'a>(&'a Product);
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
 
-impl Work for Multiply<'_> {
-    #[inline(always)]
-    unsafe fn run<V: Vector>(self) {
-        let product = self.0;
-        let panels = product.cols.div_ceil(PANEL);
-        for first in (0..product.rows).step_by(ROWS) {
-            let rows = ROWS.min(product.rows - first);
-            let mut panel = 0;
-            while panel < panels {
-                // Few rows leave registers free, and need more sums in flight than one panel has.
-                let whole = product.cols / PANEL - panel.min(product.cols / PANEL);
-                // SAFETY: rows and panels are within the product's.
-                panel += unsafe {
-                    match (rows, whole) {
-                        (1, 4..) => tile::<V, 1, { 4 * ACROSS }>(product, first, panel),
-                        (1, 3) => tile::<V, 1, { 3 * ACROSS }>(product, first, panel),
-                        (1, 2) => tile::<V, 1, { 2 * ACROSS }>(product, first, panel),
-                        (2, 2..) => tile::<V, 2, { 2 * ACROSS }>(product, first, panel),
-                        (3, 2..) => tile::<V, 3, { 2 * ACROSS }>(product, first, panel),
-                        _ => column::<V>(product, first, rows, panel),
-                    }
-                };
-            }
+    use super::Kernel;
+
+    #[test]
+    fn fastest_set_is_taken_unless_one_is_named() {
+        assert_eq!(Kernel::of(None).unwrap(), *Kernel::here().last().unwrap());
+        for kernel in Kernel::here() {
+            assert_eq!(Kernel::of(Some(OsStr::new(kernel.name()))).unwrap(), kernel);
         }
     }
-}
 
-/// All tiles of `rows` rows from `first` in one panel, as even in height as can be. Gives the panels
-/// done.
-#[inline(always)]
-unsafe fn column<V: Vector>(product: &Product, first: usize, rows: usize, panel: usize) -> usize {
-    let tiles = rows.div_ceil(TALLEST);
-    let (height, taller) = (rows / tiles, rows % tiles);
-    let mut row = first;
-    for tile_index in 0..tiles {
-        let height = height + usize::from(tile_index < taller);
-        // SAFETY: the tile's rows are among those given.
-        unsafe {
-            match height {
-                6 => tile::<V, 6, ACROSS>(product, row, panel),
-                5 => tile::<V, 5, ACROSS>(product, row, panel),
-                4 => tile::<V, 4, ACROSS>(product, row, panel),
-                3 => tile::<V, 3, ACROSS>(product, row, panel),
-                2 => tile::<V, 2, ACROSS>(product, row, panel),
-                _ => tile::<V, 1, ACROSS>(product, row, panel),
-            };
-        }
-        row += height;
-    }
-    1
-}
-
-/// M rows from `row` by N vectors from `panel`. Gives the panels done.
-#[inline(always)]
-unsafe fn tile<V: Vector, const M: usize, const N: usize>(
-    product: &Product,
-    row: usize,
-    panel: usize,
-) -> usize {
-    // SAFETY: the caller's tile is within the product, whose bounds its maker promised.
-    unsafe {
-        let a = product.a.add(row * product.a_row);
-        let b = product.b.add(panel * product.b_panel);
-        let (a_row, a_depth, b_depth) = (product.a_row, product.a_depth, product.b_depth);
-        let offset = |j: usize| j / ACROSS * product.b_panel + j % ACROSS * LANES;
-        let c = product.c.wrapping_add(row * product.c_row + panel * PANEL);
-        for i in 0..M {
-            // A row of the tile lies across at most two lines.
-            V::prefetch(c.wrapping_add(i * product.c_row).cast());
-            V::prefetch(c.wrapping_add(i * product.c_row + PANEL - 1).cast());
-        }
-        let mut sums = [[V::splat(0.0); N]; M];
-        for k in 0..product.depth {
-            let (a, b) = (a.add(k * a_depth), b.add(k * b_depth));
-            let mut right = [V::splat(0.0); N];
-            for j in 0..N {
-                right[j] = V::load(b.add(offset(j)));
-            }
-            for i in 0..M {
-                let left = V::splat(*a.add(i * a_row));
-                for j in 0..N {
-                    sums[i][j] = left.mul_add(right[j], sums[i][j]);
-                }
-            }
-        }
-        let scale = V::splat(product.scale);
-        if product.cols - panel * PANEL < N * LANES {
-            narrow(product, c, product.cols - panel * PANEL, &sums, scale);
-            return 1;
-        }
-        for i in 0..M {
-            for j in 0..N {
-                let c = c.add(i * product.c_row + j * LANES);
-                let value = match product.add {
-                    true => sums[i][j].mul_add(scale, V::load(c)),
-                    false => sums[i][j].mul(scale),
-                };
-                value.store(c);
-            }
-        }
-    }
-    N / ACROSS
-}
-
-/// Writes the first `width` columns of a tile.
-#[inline(always)]
-unsafe fn narrow<V: Vector, const M: usize, const N: usize>(
-    product: &Product,
-    c: *mut f32,
-    width: usize,
-    sums: &[[V; N]; M],
-    scale: V,
-) {
-    let mut row = [0.0; 4 * PANEL];
-    for i in 0..M {
-        // SAFETY: `width` columns of the row are within c; the buffer holds the widest tile.
-        unsafe {
-            let c = c.add(i * product.c_row);
-            if product.add {
-                std::ptr::copy_nonoverlapping(c, row.as_mut_ptr(), width);
-            }
-            for j in 0..N {
-                let place = row.as_mut_ptr().add(j * LANES);
-                let value = match product.add {
-                    true => sums[i][j].mul_add(scale, V::load(place)),
-                    false => sums[i][j].mul(scale),
-                };
-                value.store(place);
-            }
-            std::ptr::copy_nonoverlapping(row.as_ptr(), c, width);
-        }
+    #[test]
+    fn set_that_is_not_here_is_an_error_that_lists_those_that_are() {
+        let error = Kernel::of(Some(OsStr::new("mmx"))).unwrap_err().to_string();
+        assert!(error.starts_with("`TUNESMITH_CPU` asks for `mmx`"), "{error}");
+        assert!(error.contains("`portable`"), "{error}");
     }
 }

@@ -53,8 +53,9 @@ fn run(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, side: Side, write: 
         let mut y = unsafe { y.block(first * n + start, rows, tile.len(), n) };
         let x = Operand::rows(&x[first * k..(first + rows) * k], k);
         let narrow = match rows {
-            // One panel has too few sums to keep the CPU busy with one token.
+            // One panel has too few sums to keep the CPU busy.
             1 => 2 * panel::WIDTH,
+            2..=FEW if cpu.kernel.is_wide() => 2 * panel::WIDTH,
             2..=FEW => panel::WIDTH,
             _ => tile.len(),
         };

@@ -1,5 +1,6 @@
-//! Eight f32 lanes, in plain Rust and as AVX2 registers: what kernels are written over, so that one body serves
-//! every instruction set. Knows arithmetic and loads; nothing of tiles, panels or encodings.
+//! Eight f32 lanes, in plain Rust and as AVX2 registers, and sixteen as those of AVX-512 (`zmm`): what kernels
+//! are written over, so that one body serves every instruction set. Knows arithmetic and loads; nothing of
+//! tiles, panels or encodings.
 
 /// Lanes of a [`Vector`].
 pub(super) const LANES: usize = 8;
@@ -19,18 +20,29 @@ pub(super) trait Code {
     };
 }
 
-/// Eight f32 values.
+/// A register of f32 values: what products are written over.
 ///
 /// # Safety
 /// Every function may be called only where the CPU has the implementor's instructions; those that take a
-/// pointer need eight values (f32, or the encoded ones they name) there, at any alignment.
-pub(super) trait Vector: Copy {
+/// pointer need as many values there as there are lanes, at any alignment.
+pub(super) trait Lanes: Copy {
+    /// How many values; a divisor of 16.
+    const LANES: usize;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn mul(self, other: Self) -> Self;
     /// self * factor + addend; fused where the instruction set fuses.
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// Asks for the memory at `from`, which need not exist, to be brought near.
+    unsafe fn prefetch(from: *const u8);
+}
+
+/// Eight f32 values, and the ways from encoded ones to them.
+///
+/// # Safety
+/// As of [`Lanes`]; pointers to encoded values need eight of these.
+pub(super) trait Vector: Lanes {
     /// Little-endian f32.
     unsafe fn load_f32(from: *const u8) -> Self;
     /// Little-endian bfloat16.
@@ -43,8 +55,6 @@ pub(super) trait Vector: Copy {
     /// times its scale: 32 indices of row i start at `from + i * stride`, two a byte, the first in the high
     /// nibble.
     unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32);
-    /// Asks for the memory at `from`, which need not exist, to be brought near.
-    unsafe fn prefetch(from: *const u8);
     /// Lane j of row i becomes lane i of row j.
     unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES];
 }
@@ -52,7 +62,9 @@ pub(super) trait Vector: Copy {
 /// The lanes as an array: no instructions beyond the target's own.
 pub(super) type Portable = [f32; LANES];
 
-impl Vector for Portable {
+impl Lanes for Portable {
+    const LANES: usize = LANES;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         [value; LANES]
@@ -85,6 +97,11 @@ impl Vector for Portable {
         std::array::from_fn(fuse)
     }
 
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
+}
+
+impl Vector for Portable {
     #[inline(always)]
     unsafe fn load_f32(from: *const u8) -> Self {
         // SAFETY: eight values are there, says the trait.
@@ -128,16 +145,18 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(_from: *const u8) {}
-
-    #[inline(always)]
     unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
         std::array::from_fn(|lane| std::array::from_fn(|row| rows[row][lane]))
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use avx2::Avx2;
+mod zmm;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::{Avx2, Avx512};
+#[cfg(target_arch = "x86_64")]
+pub(super) use zmm::Zmm;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
@@ -145,14 +164,44 @@ mod avx2 {
 
     use std::arch::x86_64::*;
 
-    use super::{Code, LANES, Vector};
+    use super::{Code, LANES, Lanes, Vector, zmm};
 
-    /// One register.
+    /// The bytes of sixteen rows of sixteen, `stride` apart and taken in `order`, as columns.
+    ///
+    /// # Safety
+    /// The rows must exist.
+    #[inline(always)]
+    pub(super) unsafe fn bytes_transposed(
+        from: *const u8,
+        stride: usize,
+        order: [usize; 16],
+    ) -> [__m128i; 16] {
+        // SAFETY: passed on; the CPU has AVX2, says the module.
+        unsafe {
+            let mut bytes = order.map(|row| _mm_loadu_si128(from.add(row * stride).cast()));
+            // Rows i and i + 8 side by side, four times over, is a transposition.
+            for _ in 0..4 {
+                let rows = bytes;
+                for row in 0..8 {
+                    bytes[2 * row] = _mm_unpacklo_epi8(rows[row], rows[row + 8]);
+                    bytes[2 * row + 1] = _mm_unpackhi_epi8(rows[row], rows[row + 8]);
+                }
+            }
+            bytes
+        }
+    }
+
+    /// One register. Looks codes up by AVX-512's permutations if `WIDE`.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx2(__m256);
+    pub(in super::super) struct Ymm<const WIDE: bool>(__m256);
 
-    /// Each is one instruction or a fixed handful; see [`Vector`] for who may call.
-    impl Vector for Avx2 {
+    pub(in super::super) type Avx2 = Ymm<false>;
+    pub(in super::super) type Avx512 = Ymm<true>;
+
+    /// Each is one instruction; see [`Lanes`] for who may call.
+    impl<const WIDE: bool> Lanes for Ymm<WIDE> {
+        const LANES: usize = LANES;
+
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: the CPU has AVX2, says the trait.
@@ -184,6 +233,15 @@ mod avx2 {
         }
 
         #[inline(always)]
+        unsafe fn prefetch(from: *const u8) {
+            // SAFETY: a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        }
+    }
+
+    /// Each is a fixed handful of instructions.
+    impl<const WIDE: bool> Vector for Ymm<WIDE> {
+        #[inline(always)]
         unsafe fn load_f32(from: *const u8) -> Self {
             // SAFETY: as the trait says; x86 is little-endian.
             Self(unsafe { _mm256_loadu_ps(from.cast()) })
@@ -212,6 +270,10 @@ mod avx2 {
                 let (low, high) = (_mm256_loadu_ps(code.as_ptr()), _mm256_loadu_ps(code.as_ptr().add(8)));
                 let bytes = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
                 let indices = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+                if WIDE {
+                    // This one looks at four bits.
+                    return Self(_mm256_permutex2var_ps(low, indices, high));
+                }
                 let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(indices));
                 let low = _mm256_permutevar8x32_ps(low, indices);
                 let high = _mm256_permutevar8x32_ps(high, indices);
@@ -226,6 +288,10 @@ mod avx2 {
             scales: &[f32; 16],
             out: *mut f32,
         ) {
+            if WIDE {
+                // SAFETY: passed on.
+                return unsafe { zmm::codes_transposed::<C>(from, stride, scales, out) };
+            }
             // SAFETY: as the trait says. Indices are transposed while they are bytes; the four bytes of each
             // value are then looked up one by one, which no permutation of whole values does as fast, and put
             // together by interleaving.
@@ -237,18 +303,7 @@ mod avx2 {
                 let scales = [_mm256_loadu_ps(scales.as_ptr()), _mm256_loadu_ps(scales.as_ptr().add(8))];
                 // In an order that leaves each half of a register the rows it ends with.
                 const ORDER: [usize; 16] = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15];
-                let mut bytes = [_mm_setzero_si128(); 16];
-                for row in 0..16 {
-                    bytes[row] = _mm_loadu_si128(from.add(ORDER[row] * stride).cast());
-                }
-                // Rows i and i + 8 side by side, four times over, is a transposition.
-                for _ in 0..4 {
-                    let rows = bytes;
-                    for row in 0..8 {
-                        bytes[2 * row] = _mm_unpacklo_epi8(rows[row], rows[row + 8]);
-                        bytes[2 * row + 1] = _mm_unpackhi_epi8(rows[row], rows[row + 8]);
-                    }
-                }
+                let bytes = bytes_transposed(from, stride, ORDER);
                 let low = _mm_set1_epi8(15);
                 for byte in 0..16 {
                     let first = _mm_and_si128(_mm_srli_epi16::<4>(bytes[byte]), low);
@@ -278,12 +333,6 @@ mod avx2 {
                     }
                 }
             }
-        }
-
-        #[inline(always)]
-        unsafe fn prefetch(from: *const u8) {
-            // SAFETY: a prefetch reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
 
         #[inline(always)]
