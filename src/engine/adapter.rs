@@ -12,11 +12,13 @@ use thiserror::Error;
 use crate::backend::{Lora, LoraGradient};
 use crate::model::Model;
 
+mod contents;
 mod init;
 mod magnitude;
 mod peft;
 mod targets;
 
+pub use contents::AdapterContents;
 pub use targets::Targets;
 
 use magnitude::Norms;

@@ -28,7 +28,7 @@ mod pack;
 mod workspace;
 
 pub(crate) use assemble::TensorSource;
-pub use assemble::{TensorSpec, tensors};
+pub use assemble::{TensorSpec, linears, tensors};
 use cache::CacheLayout;
 pub use cache::KvCache;
 pub use config::{

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use super::{Adapter, AdapterError, LinearName, Module, Shape, Targets, targets::leaf};
 use crate::model::Model;
 
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "adapter_config.json";
+pub(super) const TENSORS: &str = "adapter_model.safetensors";
 /// The version of PEFT whose files these are.
 const PEFT_VERSION: &str = "0.21.2";
 
@@ -88,7 +88,7 @@ impl Adapter {
     }
 
     /// Last parts of names where all layers of that name are adapted, full names elsewhere; sorted.
-    fn target_modules(&self) -> Vec<String> {
+    pub(super) fn target_modules(&self) -> Vec<String> {
         let is_whole = |part: &str| {
             let mut named = self.linears.iter().zip(&self.slots).filter(|((name, ..), _)| leaf(name) == part);
             named.all(|(_, slot)| slot.is_some())

@@ -44,6 +44,17 @@ pub fn tensors(config: &ModelConfig) -> Result<Vec<TensorSpec>, ModelError> {
     Ok(list.0.into_inner())
 }
 
+/// Full name, out features and in features of each linear layer of a model, as [`super::Model::linear_names`] has
+/// them.
+///
+/// # Errors
+/// The description makes no sense.
+pub fn linears(config: &ModelConfig) -> Result<Vec<(String, usize, usize)>, ModelError> {
+    let weights = tensors(config)?.into_iter().filter(|tensor| tensor.linear);
+    let name = |name: String| name.strip_suffix(".weight").map_or(name.clone(), str::to_owned);
+    Ok(weights.map(|TensorSpec { name: weight, shape, .. }| (name(weight), shape[0], shape[1])).collect())
+}
+
 /// Notes what is asked for and gives nothing.
 #[derive(Default)]
 struct TensorList(RefCell<Vec<TensorSpec>>);

@@ -117,6 +117,9 @@ pub(super) struct Params {
     /// Write the curves as a TensorBoard event file too, in `tensorboard/`.
     #[serde(default)]
     pub(super) tensorboard: bool,
+    /// Write the run as an offline run of Weights & Biases too, in `wandb/`, for the project of this name. Nothing is sent; `wandb sync` uploads the folder.
+    #[schemars(length(min = 1))]
+    pub(super) wandb: Option<String>,
     /// Tell an MLflow server of the finished run: its parameters, losses and learning rates, never its rows. Without this nothing leaves the machine.
     pub(super) mlflow: Option<Tracking>,
     /// Stop after so many evaluations without a lower validation loss.
