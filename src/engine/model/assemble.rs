@@ -13,6 +13,7 @@ use super::blocks::residual::Residual;
 use super::blocks::rope::Frequencies;
 use super::config::{MambaOptions, Mixing, MlpLayout, ModelConfig, Positions};
 use super::decoder::{Decoder, Layer, Mixer};
+use crate::adapter::rate;
 use crate::matrix::Matrix;
 
 /// Gives tensors by Hugging Face's names, each checked to have the shape asked for.
@@ -86,7 +87,7 @@ impl TensorSource for TensorList {
 /// Assembles the decoder.
 pub(super) fn decoder(config: &ModelConfig, source: &dyn TensorSource) -> Result<Decoder, ModelError> {
     config.validate()?;
-    let mut builder = Builder { config, source, linears: 0 };
+    let mut builder = Builder { config, source, linears: 0, mambas: 0 };
     let (vocabulary, c) = (config.vocab_size, config.hidden_size);
     let embedding = source.table("model.embed_tokens.weight", vocabulary, c)?;
     let layers = config.layers.iter().enumerate();
@@ -113,6 +114,8 @@ struct Builder<'a> {
     source: &'a dyn TensorSource,
     /// Linear layers so far.
     linears: usize,
+    /// Mamba layers so far.
+    mambas: usize,
 }
 
 impl Builder<'_> {
@@ -200,13 +203,29 @@ impl Builder<'_> {
             true => values("conv1d.bias", &[channels])?,
             false => vec![0.0; channels],
         };
-        let rate = values("A_log", &[options.heads])?.iter().map(|log| -log.exp()).collect();
+        let a_log = values("A_log", &[options.heads])?;
+        let rate = rate(&a_log);
         let (dt_bias, skip) = (values("dt_bias", &[options.heads])?, values("D", &[options.heads])?);
         let weight = values("norm.weight", &[inner])?;
         let group = inner / options.groups;
         let norm = Norm { weight, group, epsilon: self.config.rms_norm_eps };
         let out_proj = self.linear(format!("{prefix}.out_proj"), c, inner, options.proj_bias)?;
-        Ok(Mamba { options, in_proj, conv_weight, conv_bias, dt_bias, rate, skip, norm, out_proj })
+        self.mambas += 1;
+        let (name, index) = (prefix.to_owned(), self.mambas - 1);
+        Ok(Mamba {
+            name,
+            index,
+            options,
+            in_proj,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            a_log,
+            rate,
+            skip,
+            norm,
+            out_proj,
+        })
     }
 
     fn mlp(&mut self, prefix: &str) -> Result<Mlp, ModelError> {

@@ -204,7 +204,8 @@ mod tests {
                 name: "n",
                 config: &config,
                 scalars: &scalars,
-                summary: &summary })
+                summary: &summary,
+            })
         };
         assert_eq!(name(1.0), name(1.0));
         assert_ne!(name(1.0)[0].0, name(2.0)[0].0);
