@@ -7,6 +7,7 @@ mod check;
 mod exit_code;
 mod explain;
 mod graph;
+mod model;
 mod plan;
 mod print;
 mod problems;
@@ -15,7 +16,7 @@ mod run;
 mod runs;
 mod schema;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -57,6 +58,9 @@ enum Command {
     /// Look after the store
     #[command(subcommand)]
     Cache(cache::Command),
+    /// Look at models and at what they would learn
+    #[command(subcommand)]
+    Model(model::Command),
     /// Measure how fast the engine is here
     #[command(subcommand)]
     Bench(bench::Command),
@@ -78,6 +82,13 @@ enum Command {
 struct ManifestArgs {
     /// The manifest, YAML or TOML
     manifest: PathBuf,
+    #[command(flatten)]
+    params: ParamArgs,
+}
+
+/// What changes the params of a manifest.
+#[derive(Args)]
+struct ParamArgs {
     /// Take the params of this profile
     #[arg(long, value_name = "NAME")]
     profile: Option<String>,
@@ -99,20 +110,25 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 impl ManifestArgs {
     /// Loads the manifest; what is wrong with it is shown here.
     fn load(&self, json: bool) -> Result<Pipeline, Failure> {
-        let overrides = Overrides {
-            profile: self.profile.clone(),
-            set: self.set.clone(),
-            params_files: self.params.clone(),
-        };
-        match manifest::load(&self.manifest, &overrides, STAGES) {
-            Ok(loaded) => {
-                problems::show_warnings(&loaded.warnings);
-                Ok(loaded.pipeline)
-            }
-            Err(errors) => {
-                problems::show(&errors, json);
-                Err(Failure::Usage)
-            }
+        load(&self.manifest, &self.params, json)
+    }
+}
+
+/// Loads a manifest; what is wrong with it is shown here.
+fn load(manifest: &Path, params: &ParamArgs, json: bool) -> Result<Pipeline, Failure> {
+    let overrides = Overrides {
+        profile: params.profile.clone(),
+        set: params.set.clone(),
+        params_files: params.params.clone(),
+    };
+    match manifest::load(manifest, &overrides, STAGES) {
+        Ok(loaded) => {
+            problems::show_warnings(&loaded.warnings);
+            Ok(loaded.pipeline)
+        }
+        Err(errors) => {
+            problems::show(&errors, json);
+            Err(Failure::Usage)
         }
     }
 }
@@ -137,6 +153,7 @@ pub(crate) fn main() -> ExitCode {
         }
         Command::Runs(command) => store().and_then(|store| runs::main(&command, &store)),
         Command::Cache(command) => store().and_then(|store| cache::main(&command, &store)),
+        Command::Model(command) => model::main(&command, store),
         Command::Bench(command) => bench::main(&command),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -4,6 +4,7 @@ mod bench;
 mod cli;
 mod corpus;
 mod evaluate;
+mod inspect;
 mod llm;
 mod report;
 mod stages;

@@ -14,10 +14,10 @@ mod generate;
 mod harness;
 mod ingest;
 mod load;
-mod model;
+pub(crate) mod model;
 mod report;
 mod split;
-mod train;
+pub(crate) mod train;
 mod validate;
 
 /// Every kind, in the order a pipeline usually has them.

@@ -6,6 +6,7 @@ mod bench;
 mod harness;
 mod job;
 mod manifests;
+mod model;
 mod real_model;
 mod runner;
 mod tidy;

@@ -63,6 +63,22 @@ impl Paint {
         self.wrap("32", text)
     }
 
+    /// A token of a row: green if it is learnt, yellow if it is special, dim if it is only read.
+    pub(crate) fn token(self, text: &str, learnt: bool, special: bool, underlined: bool) -> String {
+        let colour = match (learnt, special) {
+            (true, true) => "1;32",
+            (true, false) => "32",
+            (false, true) => "33",
+            (false, false) => "2",
+        };
+        let code = if underlined { format!("4;{colour}") } else { colour.to_owned() };
+        // A colour that runs over a line's end would paint the rest of the line too.
+        text.split('\n')
+            .map(|line| if line.is_empty() { String::new() } else { self.wrap(&code, line) })
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
     pub(crate) fn yellow(self, text: &str) -> String {
         self.wrap("33", text)
     }

@@ -12,11 +12,16 @@ use thiserror::Error;
 use crate::backend::{Lora, LoraGradient};
 use crate::model::Model;
 
+mod contents;
 mod init;
 mod magnitude;
 mod peft;
+mod state_space;
 mod targets;
 
+pub use contents::AdapterContents;
+pub use state_space::StateSpace;
+pub(crate) use state_space::rate;
 pub use targets::Targets;
 
 use magnitude::Norms;
@@ -38,6 +43,8 @@ pub struct LoraConfig {
     pub dora: bool,
     /// Share of a pair's inputs that a training pass drops, in [0, 1).
     pub dropout: f32,
+    /// Train the constants of Mamba layers (A_log, D, dt_bias) too.
+    pub train_ssm: bool,
     /// Other ranks by module, as PEFT's `rank_pattern`: a key is a regular expression that the end of a module's
     /// name, from a `.` on, matches as a whole. The first key in order wins; each must match an adapted module.
     pub rank_pattern: BTreeMap<String, usize>,
@@ -56,6 +63,7 @@ impl Default for LoraConfig {
             seed: 0,
             dora: false,
             dropout: 0.0,
+            train_ssm: false,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -77,6 +85,9 @@ pub enum AdapterError {
     /// A target's regular expression is wrong.
     #[error("target expression `{expression}` is not a regular expression")]
     Expression { expression: String, source: regex::Error },
+    /// There are no constants of a scan to train.
+    #[error("`train_ssm` trains A_log, D and dt_bias of Mamba layers, and this model has none")]
+    NoStateSpace,
     /// A key of a rank or alpha pattern matches no adapted layer.
     #[error("`{pattern}` names `{key}`, which matches no adapted layer; adapted: {adapted}")]
     UnmatchedPattern { pattern: &'static str, key: String, adapted: String },
@@ -119,6 +130,8 @@ pub struct Adapter {
     /// Of each linear layer, its module.
     slots: Vec<Option<usize>>,
     modules: Vec<Module>,
+    /// One a Mamba layer, or none at all.
+    state_spaces: Vec<StateSpace>,
 }
 
 /// What decides an adapter's shapes and how it is computed with: all of its description but the values.
@@ -165,11 +178,17 @@ impl Adapter {
                 adapter.modules[slot].magnitude = Some(model.row_norms(&adapter, index));
             }
         }
+        if config.train_ssm {
+            adapter.state_spaces = model.state_spaces();
+            if adapter.state_spaces.is_empty() {
+                return Err(AdapterError::NoStateSpace);
+            }
+        }
         Ok(adapter)
     }
 
-    /// As [`Adapter::new`], from the names and shapes of the linear layers; without their weights, DoRA's
-    /// magnitudes stay zero.
+    /// As [`Adapter::new`], from the names and shapes of the linear layers; without the model's values, DoRA's
+    /// magnitudes stay zero and the constants of Mamba layers are left out.
     ///
     /// # Errors
     /// As [`Adapter::new`].
@@ -223,7 +242,7 @@ impl Adapter {
         if modules.is_empty() {
             return Err(AdapterError::NoTarget);
         }
-        Ok(Self { shape, linears, slots, modules })
+        Ok(Self { shape, linears, slots, modules, state_spaces: Vec::new() })
     }
 
     /// R of modules that no pattern names.
@@ -256,20 +275,43 @@ impl Adapter {
 
     /// Every trained tensor with its name in PEFT's file, in the stable order.
     pub fn parameters(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules.iter().flat_map(Module::tensors)
+        let constants = self.state_spaces.iter().flat_map(StateSpace::tensors);
+        self.modules.iter().flat_map(Module::tensors).chain(constants)
+    }
+
+    /// The constants of each Mamba layer, where they are trained.
+    pub fn state_spaces(&self) -> &[StateSpace] {
+        &self.state_spaces
     }
 
     /// As [`Adapter::parameters`], to be changed.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
-        self.modules.iter_mut().flat_map(|module| {
+        let constants = self.state_spaces.iter_mut().flat_map(StateSpace::tensors_mut);
+        let pairs = self.modules.iter_mut().flat_map(|module| {
             module.norms.forget();
             module.tensors_mut()
-        })
+        });
+        pairs.chain(constants)
     }
 
     /// Whether this adapter was made for a model with these linear layers.
     pub(crate) fn fits(&self, linears: &[LinearName]) -> bool {
         self.linears == linears
+    }
+
+    /// Whether its constants, if it has any, are those of a model's Mamba layers.
+    pub(crate) fn fits_state_spaces(&self, model: impl FnOnce() -> Vec<StateSpace>) -> bool {
+        if self.state_spaces.is_empty() {
+            return true;
+        }
+        let model = model();
+        model.len() == self.state_spaces.len()
+            && self.state_spaces.iter().zip(&model).all(|(own, other)| own.fits(other))
+    }
+
+    /// The constants of Mamba layer `index`, if they are trained.
+    pub(crate) fn state_space(&self, index: usize) -> Option<&StateSpace> {
+        self.state_spaces.get(index)
     }
 
     /// The pair at linear layer `index`, if it is adapted.
@@ -313,12 +355,17 @@ impl Module {
 pub struct Gradients {
     slots: Vec<Option<usize>>,
     modules: Vec<Module>,
+    state_spaces: Vec<StateSpace>,
 }
 
 impl Gradients {
     /// Zero gradients for `adapter`.
     pub fn new(adapter: &Adapter) -> Self {
-        let mut gradients = Self { slots: adapter.slots.clone(), modules: adapter.modules.clone() };
+        let mut gradients = Self {
+            slots: adapter.slots.clone(),
+            modules: adapter.modules.clone(),
+            state_spaces: adapter.state_spaces.clone(),
+        };
         gradients.zero();
         gradients
     }
@@ -351,12 +398,14 @@ impl Gradients {
 
     /// Every tensor with its name, in the order of [`Adapter::parameters`].
     pub fn tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.modules.iter().flat_map(Module::tensors)
+        let constants = self.state_spaces.iter().flat_map(StateSpace::tensors);
+        self.modules.iter().flat_map(Module::tensors).chain(constants)
     }
 
     /// As [`Gradients::tensors`], to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
-        self.modules.iter_mut().flat_map(Module::tensors_mut)
+        let constants = self.state_spaces.iter_mut().flat_map(StateSpace::tensors_mut);
+        self.modules.iter_mut().flat_map(Module::tensors_mut).chain(constants)
     }
 
     /// Whether these are gradients of `adapter`.
@@ -365,6 +414,13 @@ impl Gradients {
             && self.modules.iter().zip(&adapter.modules).all(|(own, other)| {
                 own.rank == other.rank && own.magnitude.is_some() == other.magnitude.is_some()
             })
+            && self.state_spaces.len() == adapter.state_spaces.len()
+            && self.state_spaces.iter().zip(&adapter.state_spaces).all(|(own, other)| own.fits(other))
+    }
+
+    /// The gradients of the constants of Mamba layer `index`.
+    pub(crate) fn state_space(&mut self, index: usize) -> Option<&mut StateSpace> {
+        self.state_spaces.get_mut(index)
     }
 
     /// The gradient of the pair at linear layer `index`.

@@ -262,6 +262,8 @@ pub struct ScanGradient<'a> {
     pub db: &'a mut [f32],
     pub dc: &'a mut [f32],
     pub ddt: &'a mut [f32],
+    /// (T,H): what each row adds to the gradient of its head's rate, where that is wanted.
+    pub drate: Option<&'a mut [f32]>,
 }
 
 /// The operations of a decoder and their gradients.

@@ -45,7 +45,7 @@ pub struct BaseSummary {
     pub parameters: u64,
     /// Weights of the linears that adapters attach to.
     pub linear_parameters: u64,
-    /// Size of `model.safetensors`.
+    /// Size of `model.safetensors`; of an outlook, without its header.
     pub bytes: u64,
     /// Of the linears, with their scales.
     pub bits_per_weight: f64,
@@ -104,6 +104,17 @@ pub fn build_base(
     write_config(&checkpoint, &planned, out)?;
     tokenizer.save(out)?;
     Ok(summary(&checkpoint, &planned, parameters, bytes))
+}
+
+/// What [`build_base`] would build of `checkpoint`, with nothing read but names and shapes.
+///
+/// # Errors
+/// A tensor is missing or of another shape.
+pub fn outlook(checkpoint: &Checkpoint, quantize: Quantize) -> Result<BaseSummary, BaseError> {
+    let planned = plan(checkpoint, quantize)?;
+    let parameters = planned.iter().map(|tensor| tensor.len() as u64).sum();
+    let bytes = planned.iter().map(Planned::weight_bytes).sum();
+    Ok(summary(checkpoint, &planned, parameters, bytes))
 }
 
 fn summary(checkpoint: &Checkpoint, planned: &[Planned], parameters: u64, bytes: u64) -> BaseSummary {

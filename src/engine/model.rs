@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
-use crate::adapter::{Adapter, Gradients};
+use crate::adapter::{Adapter, Gradients, StateSpace};
 use crate::backend::{Backend, BackendKind, Compute, Span};
 use crate::format::Checkpoint;
 use crate::matrix::Matrix;
@@ -28,7 +28,7 @@ mod pack;
 mod workspace;
 
 pub(crate) use assemble::TensorSource;
-pub use assemble::{TensorSpec, tensors};
+pub use assemble::{TensorSpec, linears, tensors};
 use cache::CacheLayout;
 pub use cache::KvCache;
 pub use config::{
@@ -149,6 +149,11 @@ impl Model {
             .linears()
             .map(|linear| (linear.name.clone(), linear.weight.rows, linear.weight.cols))
             .collect()
+    }
+
+    /// The constants of each Mamba layer's scan, in the order of the layers.
+    pub fn state_spaces(&self) -> Vec<StateSpace> {
+        self.decoder.state_spaces().collect()
     }
 
     /// Bytes of all weight matrices, and those of them that are pages of a file, read when first touched.
@@ -417,7 +422,12 @@ impl Model {
             return Err(ModelError::Token { token, vocabulary });
         }
         match adapter {
-            Some(adapter) if !adapter.fits(&self.linear_names()) => Err(ModelError::AdapterMismatch),
+            Some(adapter)
+                if !adapter.fits(&self.linear_names())
+                    || !adapter.fits_state_spaces(|| self.state_spaces()) =>
+            {
+                Err(ModelError::AdapterMismatch)
+            }
             _ => Ok(()),
         }
     }

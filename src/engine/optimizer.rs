@@ -49,6 +49,8 @@ pub struct AdamW {
     options: AdamWOptions,
     steps: u64,
     moments: Vec<Moments>,
+    /// Tensors that are decayed; those after them are not.
+    decayed: usize,
     maps: Maps,
 }
 
@@ -59,7 +61,12 @@ impl AdamW {
             MomentFormat::Blockwise8 if len >= CODED_MIN => Moments::zeros_blockwise8(len),
             _ => Moments::zeros_f32(len),
         });
-        Self { options, steps: 0, moments: moments.collect(), maps: Maps::new() }
+        Self { options, steps: 0, moments: moments.collect(), decayed: usize::MAX, maps: Maps::new() }
+    }
+
+    /// Spares all but the first `tensors` tensors the weight decay.
+    pub fn decay_first(&mut self, tensors: usize) {
+        self.decayed = tensors;
     }
 
     /// Puts a fresh optimizer where another one was after `steps` steps, from the bytes of its
@@ -97,11 +104,13 @@ impl AdamW {
     pub fn step<'a>(&mut self, tensors: impl IntoIterator<Item = (f64, &'a mut [f32], &'a [f32])>) {
         self.steps += 1;
         let mut moments = self.moments.iter_mut();
-        for (learning_rate, parameters, gradients) in tensors {
+        for (index, (learning_rate, parameters, gradients)) in tensors.into_iter().enumerate() {
             let moments = moments.next().expect("BUG: the optimizer was made for fewer tensors");
             let lengths = (parameters.len(), gradients.len());
             assert_eq!(lengths, (moments.len(), moments.len()), "BUG: a tensor of another shape");
-            let update = Update::new(&self.options, self.steps, learning_rate);
+            let weight_decay = if index < self.decayed { self.options.weight_decay } else { 0.0 };
+            let options = AdamWOptions { weight_decay, ..self.options };
+            let update = Update::new(&options, self.steps, learning_rate);
             moments.update(&update, &self.maps, parameters, gradients);
         }
         assert!(moments.next().is_none(), "BUG: the optimizer was made for more tensors");

@@ -22,11 +22,11 @@ use std::sync::OnceLock;
 use regex::Regex;
 use serde::de::IgnoredAny;
 use thiserror::Error;
-use tokenizers::PostProcessorWrapper;
+use tokenizers::{ModelWrapper, PostProcessorWrapper};
 
 use crate::format::FormatError;
 use crate::model::ModelConfig;
-pub use crate::tokenizer::supervise::Supervised;
+pub use crate::tokenizer::supervise::{Piece, Supervised};
 pub use crate::tokenizer::template::Message;
 use crate::tokenizer::template::{Template, TemplateTokens};
 
@@ -305,6 +305,21 @@ impl Tokenizer {
     /// Whether the token is special (a marker, not text).
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id)
+    }
+
+    /// The special tokens with their ids, in the order of the ids.
+    pub fn specials(&self) -> impl Iterator<Item = (u32, String)> {
+        self.special_ids.iter().filter_map(|&id| Some((id, self.token(id)?)))
+    }
+
+    /// How the vocabulary is made: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    pub fn kind(&self) -> &'static str {
+        match self.inner.get_model() {
+            ModelWrapper::BPE(_) => "BPE",
+            ModelWrapper::Unigram(_) => "Unigram",
+            ModelWrapper::WordPiece(_) => "WordPiece",
+            ModelWrapper::WordLevel(_) => "WordLevel",
+        }
     }
 
     /// Where generation stops: the end-of-text token, and the token the chat template ends an answer with.

@@ -13,7 +13,7 @@
 
 use std::time::Instant;
 
-use crate::adapter::{Adapter, Gradients};
+use crate::adapter::{Adapter, Gradients, StateSpace};
 use crate::model::{Model, Noise, Pack, Workspace};
 use crate::optimizer::{AdamW, clip_factor};
 use crate::process::peak_rss_bytes;
@@ -133,7 +133,9 @@ impl<'a> Run<'a> {
         let adapter = Adapter::new(model, &options.lora)?;
         let validation_packs = Evaluation::new(model, validation, options.pack_tokens)?;
         let gradients = Gradients::new(&adapter);
-        let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
+        let mut optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
+        // Zero means nothing to the constants of a scan, so they are not drawn there.
+        optimizer.decay_first(adapter.parameters().filter(|(name, _)| !StateSpace::is_key(name)).count());
         let watched: usize = validation.iter().map(|row| row.tokens.len()).sum();
         let passes = (plan.largest_pass(options.pack_tokens), watched.min(options.pack_tokens));
         let (mut tokens, mut supervised) = (0, 0);
@@ -212,8 +214,9 @@ impl<'a> Run<'a> {
         let raised = learning_rate * self.options.loraplus_ratio;
         let tensors = self.adapter.parameters_mut().zip(self.gradients.tensors());
         self.optimizer.step(tensors.map(|((name, values), (_, gradient))| {
-            // LoRA+ raises all but A, as PEFT's `create_loraplus_optimizer` does.
-            let rate = if name.ends_with("lora_A.weight") { learning_rate } else { raised };
+            // LoRA+ raises B and DoRA's magnitudes, as PEFT's `create_loraplus_optimizer` does.
+            let plain = name.ends_with("lora_A.weight") || StateSpace::is_key(&name);
+            let rate = if plain { learning_rate } else { raised };
             (rate, values, gradient)
         }));
         let record = StepRecord {

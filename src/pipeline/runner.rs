@@ -31,9 +31,11 @@ mod error;
 mod report;
 mod services;
 mod sources;
+mod standing;
 
 pub use error::{RunnerError, SourceError, SourceProblem};
 pub use report::{ErrorReport, RunReport, StageReport, StageState};
+pub use standing::{Standing, standing};
 
 use assess::{Assessment, Finding};
 use driver::{Driver, Shared};

@@ -40,6 +40,7 @@ pub use tree::{tree_decode, tree_digest, tree_encode};
 
 use index::Index;
 use scratch::Scratch;
+pub(crate) use scratch::ScratchFolder;
 
 /// Version of the on-disk format.
 const FORMAT: u32 = 1;
@@ -190,7 +191,7 @@ impl Store {
     }
 
     /// A new, empty scratch folder of this process, removed on drop.
-    pub(crate) fn scratch(&self) -> Result<scratch::ScratchFolder, StoreError> {
+    pub(crate) fn scratch(&self) -> Result<ScratchFolder, StoreError> {
         Ok(self.scratch.folder()?)
     }
 

@@ -6,11 +6,14 @@
 
 mod mlflow;
 mod params;
+pub(crate) mod preview;
+mod protobuf;
 mod tensorboard;
+mod wandb;
 
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tunesmith_engine::backend::{self, BackendKind, Compute};
 use tunesmith_engine::generate::GenerateHooks;
 use tunesmith_engine::model::Model;
@@ -71,11 +74,11 @@ impl StageKind for Train {
         schemars::schema_for!(Params)
     }
 
-    fn check(&self, with: &serde_json::Value) -> Vec<ParamProblem> {
+    fn check(&self, with: &Value) -> Vec<ParamProblem> {
         params::check(with)
     }
 
-    fn numerics(&self, _with: &serde_json::Value) -> Option<String> {
+    fn numerics(&self, _with: &Value) -> Option<String> {
         Some(numerics())
     }
 
@@ -126,7 +129,7 @@ pub(super) fn numerics() -> String {
 }
 
 /// Opens the tokenizer of a base folder.
-pub(super) fn open_tokenizer(base: &Path) -> Result<Tokenizer, StageError> {
+pub(crate) fn open_tokenizer(base: &Path) -> Result<Tokenizer, StageError> {
     Tokenizer::open(base).map_err(|error| {
         StageError::new("engine::tokenizer", error.to_string())
             .hint("`base` must be a `model` stage with a chat model")
@@ -302,12 +305,9 @@ fn write(context: &StageContext<'_>, trained: &Trained, probes: &ProbeReport) ->
     Ok(())
 }
 
-/// Writes the event file and tells the tracking server, where they are asked for. A server that does not answer is
-/// a warning: the adapter is there.
+/// Writes the logs of other tools and tells the tracking server, where they are asked for. A server that does not
+/// answer is a warning: the adapter is there.
 fn share(context: &StageContext<'_>, params: &Params, report: &TrainReport) -> Result<(), StageError> {
-    if !params.tensorboard && params.mlflow.is_none() {
-        return Ok(());
-    }
     let mut scalars: Vec<Scalar> = Vec::new();
     for step in &report.losses {
         let mut add = |tag, value| scalars.push(Scalar { tag, step: step.step, value });
@@ -320,19 +320,35 @@ fn share(context: &StageContext<'_>, params: &Params, report: &TrainReport) -> R
         step: eval.step,
         value: eval.loss,
     }));
+    // Where a run is told of is not what it was run with.
+    let mut config = context.with.as_object().cloned().unwrap_or_default();
+    ["mlflow", "tensorboard", "wandb"].iter().for_each(|name| drop(config.shift_remove(*name)));
     if params.tensorboard {
         let folder = context.out.join("tensorboard");
         fs_err::create_dir_all(&folder)?;
         fs_err::write(folder.join("events.out.tfevents.0.tunesmith"), tensorboard::event_file(&scalars))?;
     }
+    if let Some(project) = &params.wandb {
+        let summary = [
+            ("loss", json!(report.train_loss)),
+            ("eval_loss", json!(report.eval_loss)),
+            ("steps", json!(report.steps)),
+            ("supervised_tokens", json!(report.supervised_tokens)),
+            ("adapted_percent", json!(report.adapted_percent)),
+            ("trainable_parameters", json!(report.trainable_parameters)),
+        ];
+        let summary = summary.map(|(name, value)| (name.to_owned(), value)).into_iter().collect();
+        let name = context.stage;
+        let record = wandb::Record { project, name, config: &config, scalars: &scalars, summary: &summary };
+        for (path, bytes) in wandb::offline_run(&record) {
+            let path = context.out.join(path);
+            fs_err::create_dir_all(path.parent().unwrap_or(context.out))?;
+            fs_err::write(path, bytes)?;
+        }
+    }
     if let Some(tracking) = &params.mlflow {
-        let with = context.with.as_object().into_iter().flatten();
-        let params = with
-            .filter(|(name, _)| *name != "mlflow")
-            .map(|(name, value)| {
-                (name.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned))
-            })
-            .collect();
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let params = config.iter().map(|(name, value)| (name.clone(), text(value))).collect();
         let record = mlflow::Record { run_name: context.stage, params, scalars: &scalars };
         if let Err(error) = tracking.log(&record) {
             context.warn(&error.to_string());
@@ -345,7 +361,7 @@ fn report(context: &StageContext<'_>, report: &TrainReport) {
     let step_seconds =
         report.losses.iter().map(|step| step.seconds).sum::<f64>() / report.steps.max(1) as f64;
     context.metric("loss", report.train_loss);
-    context.metric("eval_loss", report.eval_loss.map_or(serde_json::Value::Null, serde_json::Value::from));
+    context.metric("eval_loss", report.eval_loss.map_or(Value::Null, Value::from));
     context.metric("steps", report.steps);
     context.metric("supervised_tokens", report.supervised_tokens);
     context.metric("tokens", report.tokens);

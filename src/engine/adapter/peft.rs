@@ -9,11 +9,13 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
-use super::{Adapter, AdapterError, LinearName, Module, Shape, Targets, targets::leaf};
+use super::{
+    Adapter, AdapterError, LinearName, Module, Shape, StateSpace, Targets, state_space, targets::leaf,
+};
 use crate::model::Model;
 
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "adapter_config.json";
+pub(super) const TENSORS: &str = "adapter_model.safetensors";
 /// The version of PEFT whose files these are.
 const PEFT_VERSION: &str = "0.21.2";
 
@@ -88,7 +90,7 @@ impl Adapter {
     }
 
     /// Last parts of names where all layers of that name are adapted, full names elsewhere; sorted.
-    fn target_modules(&self) -> Vec<String> {
+    pub(super) fn target_modules(&self) -> Vec<String> {
         let is_whole = |part: &str| {
             let mut named = self.linears.iter().zip(&self.slots).filter(|((name, ..), _)| leaf(name) == part);
             named.all(|(_, slot)| slot.is_some())
@@ -106,10 +108,10 @@ impl Adapter {
     fn peft_tensors(&self) -> Result<Vec<u8>, safetensors::SafeTensorError> {
         let bytes_of =
             |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        let tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = self
-            .modules
-            .iter()
-            .flat_map(|module| module.tensors().zip(module.shapes()))
+        let pairs = self.modules.iter().flat_map(|module| module.tensors().zip(module.shapes()));
+        let constants = self.state_spaces.iter().flat_map(StateSpace::tensors);
+        let tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = pairs
+            .chain(constants.map(|(name, values)| ((name, values), vec![values.len()])))
             .map(|((name, values), shape)| (name, (shape, bytes_of(values))))
             .collect();
         let views = tensors
@@ -127,7 +129,9 @@ impl Adapter {
     /// Files missing or malformed; a kind of adapter other than plain LoRA; a tensor that fits no layer, a
     /// module that lacks a tensor, a targeted layer without a module, a wrong shape.
     pub fn load_peft(folder: &Path, model: &Model) -> Result<Self, AdapterError> {
-        Self::load_peft_for(folder, model.linear_names())
+        let adapter = Self::load_peft_for(folder, model.linear_names())?;
+        state_space::check(&adapter.state_spaces, &model.state_spaces(), &folder.join(TENSORS))?;
+        Ok(adapter)
     }
 
     /// As [`Adapter::load_peft`], from the names and shapes of the linear layers.
@@ -143,7 +147,7 @@ impl Adapter {
         let mut names: Vec<&str> = tensors.names();
         names.sort_unstable();
         let mut chosen = config.targets.choose(&linears)?;
-        for name in &names {
+        for name in names.iter().filter(|name| !StateSpace::is_key(name)) {
             let known = |(module, ..): &LinearName| {
                 *name == key(module, 'A')
                     || *name == key(module, 'B')
@@ -154,7 +158,8 @@ impl Adapter {
             };
             chosen[index] = true;
         }
-        let mut adapter = Self::zeros(linears, &chosen, config.shape)?;
+        let state_spaces = StateSpace::of_file(&tensors, &linears);
+        let mut adapter = Self { state_spaces, ..Self::zeros(linears, &chosen, config.shape)? };
         for module in &mut adapter.modules {
             let shapes = module.shapes();
             for ((tensor, values), shape) in module.tensors_mut().zip(shapes) {
@@ -163,6 +168,12 @@ impl Adapter {
                 };
                 read_tensor(&path, &tensor, &view, &shape, values)?;
             }
+        }
+        for (tensor, values) in adapter.state_spaces.iter_mut().flat_map(StateSpace::tensors_mut) {
+            let Ok(view) = tensors.tensor(&tensor) else {
+                return Err(AdapterError::MissingTensor { path, tensor });
+            };
+            read_tensor(&path, &tensor, &view, &[values.len()], values)?;
         }
         Ok(adapter)
     }

@@ -109,6 +109,27 @@ impl Tensor {
 }
 
 impl TensorData {
+    /// The name of the encoding: `BF16`, `Q4_K`, `NF4`.
+    pub fn encoding(&self) -> &'static str {
+        match self {
+            Self::F32(_) => "F32",
+            Self::Bf16(_) => "BF16",
+            Self::F16(_) => "F16",
+            Self::Blocks(format, _) => format.name(),
+            Self::Nf4(_) => "NF4",
+        }
+    }
+
+    /// Bytes of the values with their scales.
+    pub fn size_bytes(&self) -> usize {
+        match self {
+            Self::F32(bytes) | Self::Bf16(bytes) | Self::F16(bytes) | Self::Blocks(_, bytes) => {
+                bytes.as_slice().len()
+            }
+            Self::Nf4(nf4) => nf4.size_bytes(),
+        }
+    }
+
     /// Decodes `out.len()` values from flat index `start`. For block formats both are multiples of the block.
     fn decode(&self, start: usize, out: &mut [f32]) {
         match self {

@@ -13,6 +13,7 @@ use super::blocks::residual::Residual;
 use super::blocks::rope::Frequencies;
 use super::config::{MambaOptions, Mixing, MlpLayout, ModelConfig, Positions};
 use super::decoder::{Decoder, Layer, Mixer};
+use crate::adapter::rate;
 use crate::matrix::Matrix;
 
 /// Gives tensors by Hugging Face's names, each checked to have the shape asked for.
@@ -42,6 +43,17 @@ pub fn tensors(config: &ModelConfig) -> Result<Vec<TensorSpec>, ModelError> {
     let list = TensorList::default();
     decoder(config, &list)?;
     Ok(list.0.into_inner())
+}
+
+/// Full name, out features and in features of each linear layer of a model, as [`super::Model::linear_names`] has
+/// them.
+///
+/// # Errors
+/// The description makes no sense.
+pub fn linears(config: &ModelConfig) -> Result<Vec<(String, usize, usize)>, ModelError> {
+    let weights = tensors(config)?.into_iter().filter(|tensor| tensor.linear);
+    let name = |name: String| name.strip_suffix(".weight").map_or(name.clone(), str::to_owned);
+    Ok(weights.map(|TensorSpec { name: weight, shape, .. }| (name(weight), shape[0], shape[1])).collect())
 }
 
 /// Notes what is asked for and gives nothing.
@@ -75,7 +87,7 @@ impl TensorSource for TensorList {
 /// Assembles the decoder.
 pub(super) fn decoder(config: &ModelConfig, source: &dyn TensorSource) -> Result<Decoder, ModelError> {
     config.validate()?;
-    let mut builder = Builder { config, source, linears: 0 };
+    let mut builder = Builder { config, source, linears: 0, mambas: 0 };
     let (vocabulary, c) = (config.vocab_size, config.hidden_size);
     let embedding = source.table("model.embed_tokens.weight", vocabulary, c)?;
     let layers = config.layers.iter().enumerate();
@@ -102,6 +114,8 @@ struct Builder<'a> {
     source: &'a dyn TensorSource,
     /// Linear layers so far.
     linears: usize,
+    /// Mamba layers so far.
+    mambas: usize,
 }
 
 impl Builder<'_> {
@@ -189,13 +203,29 @@ impl Builder<'_> {
             true => values("conv1d.bias", &[channels])?,
             false => vec![0.0; channels],
         };
-        let rate = values("A_log", &[options.heads])?.iter().map(|log| -log.exp()).collect();
+        let a_log = values("A_log", &[options.heads])?;
+        let rate = rate(&a_log);
         let (dt_bias, skip) = (values("dt_bias", &[options.heads])?, values("D", &[options.heads])?);
         let weight = values("norm.weight", &[inner])?;
         let group = inner / options.groups;
         let norm = Norm { weight, group, epsilon: self.config.rms_norm_eps };
         let out_proj = self.linear(format!("{prefix}.out_proj"), c, inner, options.proj_bias)?;
-        Ok(Mamba { options, in_proj, conv_weight, conv_bias, dt_bias, rate, skip, norm, out_proj })
+        self.mambas += 1;
+        let (name, index) = (prefix.to_owned(), self.mambas - 1);
+        Ok(Mamba {
+            name,
+            index,
+            options,
+            in_proj,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            a_log,
+            rate,
+            skip,
+            norm,
+            out_proj,
+        })
     }
 
     fn mlp(&mut self, prefix: &str) -> Result<Mlp, ModelError> {

@@ -15,7 +15,7 @@ use super::blocks::rope::{Frequencies, RopeBuffer};
 use super::cache::{CacheLayout, Kept, KvCache, LayerCache};
 use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace, sized};
 use super::{ModelError, Pack};
-use crate::adapter::Gradients;
+use crate::adapter::{Gradients, StateSpace};
 use crate::backend::{LogitMap, Write};
 use crate::matrix::Matrix;
 
@@ -61,6 +61,14 @@ impl Decoder {
     /// All linear layers, in the order of the forward pass.
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.layers.iter().flat_map(Layer::linears)
+    }
+
+    /// The constants of each Mamba layer.
+    pub(super) fn state_spaces(&self) -> impl Iterator<Item = StateSpace> {
+        self.layers.iter().filter_map(|layer| match &layer.mixer {
+            Mixer::Attention(_) => None,
+            Mixer::Mamba(mamba) => Some(mamba.state_space()),
+        })
     }
 
     /// What decoding keeps of each layer.
@@ -223,7 +231,7 @@ impl Layer {
     }
 
     fn is_adapted(&self, pass: &Pass<'_>) -> bool {
-        self.linears().iter().any(|linear| linear.is_adapted(pass))
+        self.mixer.is_adapted(pass) || self.mlp.linears().iter().any(|linear| linear.is_adapted(pass))
     }
 
     /// Advances the stream (T,C) by this layer.
@@ -258,7 +266,7 @@ impl Layer {
         saved: &mut LayerActivations,
         below: Below,
     ) {
-        let mixer_adapted = self.mixer.linears().iter().any(|linear| linear.is_adapted(pass));
+        let mixer_adapted = self.mixer.is_adapted(pass);
         let needs_middle = below == Below::Adapted || mixer_adapted;
         self.around_mlp.before.forward(pass, &mut scratch.normed, &saved.middle);
         let dy = self.around_mlp.add_backward(pass, dstream, dadded, &saved.fed);
@@ -301,6 +309,13 @@ impl Mixer {
         match self {
             Self::Attention(attention) => attention.linears(),
             Self::Mamba(mamba) => mamba.linears(),
+        }
+    }
+
+    fn is_adapted(&self, pass: &Pass<'_>) -> bool {
+        match self {
+            Self::Attention(attention) => attention.linears().iter().any(|linear| linear.is_adapted(pass)),
+            Self::Mamba(mamba) => mamba.is_adapted(pass),
         }
     }
 

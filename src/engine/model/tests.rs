@@ -20,6 +20,7 @@ mod configs;
 mod golden;
 mod properties;
 mod speed;
+mod state_space;
 mod variants;
 
 use configs::{odd_config, odd_configs};

@@ -22,6 +22,26 @@ pub struct Supervised {
     pub supervised: Vec<bool>,
 }
 
+/// A token of a conversation, to be shown: the texts of all pieces together are the rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Piece {
+    /// The token.
+    pub id: u32,
+    /// What it stands for; empty where an earlier token began the same letter.
+    pub text: String,
+    /// Whether the model learns to produce it.
+    pub supervised: bool,
+    /// Whether it is a marker, not text.
+    pub special: bool,
+}
+
+/// A conversation as one text, its tokens, where each is in the text, and whether it is learnt.
+struct Marked {
+    text: String,
+    encoding: tokenizers::Encoding,
+    supervised: Vec<bool>,
+}
+
 /// An assistant turn within the rendered conversation, in bytes.
 struct Turn {
     index: usize,
@@ -36,12 +56,50 @@ impl Tokenizer {
     /// end-of-turn token. A beginning-of-text token is added where the model wants one and the template has
     /// not written it.
     pub fn supervise(&self, messages: &[Message]) -> Result<Supervised, TokenizerError> {
+        let Marked { encoding, supervised, .. } = self.mark(messages)?;
+        let ids = encoding.get_ids();
+        let bos = self.bos_before(ids);
+        Ok(Supervised {
+            tokens: bos.into_iter().chain(ids.iter().copied()).collect(),
+            supervised: bos.map(|_| false).into_iter().chain(supervised).collect(),
+        })
+    }
+
+    /// The tokens of [`Tokenizer::supervise`], each with its text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::supervise`].
+    pub fn pieces(&self, messages: &[Message]) -> Result<Vec<Piece>, TokenizerError> {
+        let Marked { text, encoding, supervised } = self.mark(messages)?;
+        let ids = encoding.get_ids();
+        let bos = self.bos_before(ids).map(|id| Piece {
+            id,
+            text: self.token(id).unwrap_or_default(),
+            supervised: false,
+            special: true,
+        });
+        let mut shown = 0;
+        let pieces =
+            ids.iter().zip(encoding.get_offsets()).zip(supervised).map(|((&id, &(_, end)), supervised)| {
+                // Tokens of one letter share its place; what no token covers goes with the next one.
+                let piece = text.get(shown..end).unwrap_or_default().to_owned();
+                shown = shown.max(end);
+                Piece {
+                    id,
+                    text: piece,
+                    supervised,
+                    special: self.is_special(id) || self.added_ids.contains(&id),
+                }
+            });
+        Ok(bos.into_iter().chain(pieces).collect())
+    }
+
+    fn mark(&self, messages: &[Message]) -> Result<Marked, TokenizerError> {
         self.refuse_specials(messages)?;
         let text = self.render(messages, false)?;
         let encoding = guarded(|| self.inner.encode(text.as_str(), false))
             .map_err(|cause| TokenizerError::Encode { cause })?;
-        let ids = encoding.get_ids();
-        let offsets = encoding.get_offsets();
+        let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
         let mut supervised = vec![false; ids.len()];
         for (index, _) in messages.iter().enumerate().filter(|(_, message)| message.role == "assistant") {
             let turn = self.turn(messages, index, &text)?;
@@ -51,11 +109,7 @@ impl Tokenizer {
         if !supervised.contains(&true) {
             return Err(TokenizerError::NothingSupervised);
         }
-        let bos = self.bos_before(ids);
-        Ok(Supervised {
-            tokens: bos.into_iter().chain(ids.iter().copied()).collect(),
-            supervised: bos.map(|_| false).into_iter().chain(supervised).collect(),
-        })
+        Ok(Marked { text, encoding, supervised })
     }
 
     fn turn(&self, messages: &[Message], index: usize, text: &str) -> Result<Turn, TokenizerError> {
@@ -173,6 +227,22 @@ mod tests {
         // The template's line break after the last turn is there, and is not learnt.
         assert_eq!(tokenizer.token(tokens[tokens.len() - 1]).as_deref(), Some("Ċ"));
         assert!(!supervised[supervised.len() - 1]);
+    }
+
+    #[test]
+    fn pieces_are_the_tokens_with_the_text_they_stand_for() {
+        let tokenizer = with_template(CHATML);
+        let messages = chat(&[("user", "the café 🦀"), ("assistant", "hello ☕")]);
+        let pieces = tokenizer.pieces(&messages).unwrap();
+        let Supervised { tokens, supervised } = tokenizer.supervise(&messages).unwrap();
+        assert_eq!(pieces.iter().map(|piece| piece.id).collect::<Vec<_>>(), tokens);
+        assert_eq!(pieces.iter().map(|piece| piece.supervised).collect::<Vec<_>>(), supervised);
+        let text: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+        assert_eq!(text, tokenizer.render(&messages, false).unwrap());
+        assert_eq!(pieces[0], Piece { special: true, text: "<|im_start|>".into(), ..pieces[0].clone() });
+        let learnt: String =
+            pieces.iter().filter(|piece| piece.supervised).map(|piece| piece.text.as_str()).collect();
+        assert_eq!(learnt, "hello ☕<|im_end|>");
     }
 
     #[test]

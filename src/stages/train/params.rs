@@ -37,6 +37,9 @@ pub(super) struct Params {
     /// Train the length of each weight row apart from its direction (DoRA): better at low ranks, slower.
     #[serde(default)]
     dora: bool,
+    /// Train the constants of Mamba layers (A_log, D, dt_bias) along with the adapter, without weight decay. A model without Mamba layers is refused.
+    #[serde(default)]
+    train_ssm: bool,
     /// Share of the inputs of each LoRA pair that is dropped while training.
     #[serde(default)]
     #[schemars(range(min = 0.0, max = 0.99))]
@@ -117,6 +120,9 @@ pub(super) struct Params {
     /// Write the curves as a TensorBoard event file too, in `tensorboard/`.
     #[serde(default)]
     pub(super) tensorboard: bool,
+    /// Write the run as an offline run of Weights & Biases too, in `wandb/`, for the project of this name. Nothing is sent; `wandb sync` uploads the folder.
+    #[schemars(length(min = 1))]
+    pub(super) wandb: Option<String>,
     /// Tell an MLflow server of the finished run: its parameters, losses and learning rates, never its rows. Without this nothing leaves the machine.
     pub(super) mlflow: Option<Tracking>,
     /// Stop after so many evaluations without a lower validation loss.
@@ -312,6 +318,7 @@ impl Params {
             seed: self.seed,
             dora: self.dora,
             dropout: self.dropout,
+            train_ssm: self.train_ssm,
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
         };
@@ -382,7 +389,7 @@ mod tests {
     #[test]
     fn every_training_option_is_reachable_from_the_manifest() {
         let options = options(json!({
-            "rank": 8, "rank_pattern": { "q_proj": 4 }, "alpha_pattern": { "v_proj": 3.5 }, "dora": true,
+            "rank": 8, "train_ssm": true, "rank_pattern": { "q_proj": 4 }, "alpha_pattern": { "v_proj": 3.5 }, "dora": true,
             "dropout": 0.1, "neftune_alpha": 5, "loraplus_ratio": 16, "optimizer_state": "8bit",
             "batch_tokens": 2000, "order": "by_length", "schedule": "wsd", "decay_ratio": 0.3,
             "patience": 3, "min_delta": 0.01, "memory_budget_mib": 2048, "targets": ["q_proj", "v_proj"],
@@ -390,6 +397,7 @@ mod tests {
         assert_eq!(options.lora.rank_pattern["q_proj"], 4);
         assert_eq!(options.lora.alpha_pattern["v_proj"], 3.5);
         assert!(options.lora.dora && options.lora.dropout == 0.1 && options.neftune_alpha == 5.0);
+        assert!(options.lora.train_ssm);
         assert_eq!((options.loraplus_ratio, options.decay_ratio), (16.0, 0.3));
         assert_eq!(options.adamw.state, MomentFormat::Blockwise8);
         assert_eq!((options.batch, options.order), (Batch::Tokens(2000), Order::ByLength));

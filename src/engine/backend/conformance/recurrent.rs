@@ -88,11 +88,13 @@ impl Case {
         y
     }
 
-    fn backward(&self, backend: &dyn Backend, dy: &[f32]) -> [Vec<f32>; 4] {
+    fn backward(&self, backend: &dyn Backend, dy: &[f32]) -> [Vec<f32>; 5] {
         let [mut dx, mut db, mut dc, mut ddt] = self.input.clone();
-        let gradient = ScanGradient { dx: &mut dx, db: &mut db, dc: &mut dc, ddt: &mut ddt };
+        let mut drate = vec![9.0; ddt.len()];
+        let gradient =
+            ScanGradient { dx: &mut dx, db: &mut db, dc: &mut dc, ddt: &mut ddt, drate: Some(&mut drate) };
         backend.scan_backward(gradient, dy, &self.input(), &self.scan(&self.spans), &mut Vec::new());
-        [dx, db, dc, ddt]
+        [dx, db, dc, ddt, drate]
     }
 }
 
@@ -113,14 +115,14 @@ fn scan_and_its_backward() {
     for case in cases() {
         check(&format!("scan {:?} over {:?}", case.shape, case.spans), 2e-5, |backend| {
             let y = case.forward(backend);
-            let [dx, db, dc, ddt] = case.backward(backend, &noise(8, y.len()));
+            let [dx, db, dc, ddt, drate] = case.backward(backend, &noise(8, y.len()));
             let [heads, head_dim, _, states] = case.shape;
             let past = noise(9, (case.spans.len() + 1) * heads * head_dim * states);
             let (mut next, slots) = (past.clone(), (0..case.spans.len()).rev().collect::<Vec<_>>());
             let carry = Carry { slots: &slots, past: &past, next: &mut next };
             let mut carried = vec![9.0; y.len()];
             backend.scan(&mut carried, &case.input(), &case.scan(&case.spans), Some(carry));
-            vec![y, dx, db, dc, ddt, carried, next]
+            vec![y, dx, db, dc, ddt, drate, carried, next]
         });
     }
 }
@@ -146,6 +148,20 @@ fn gradients_of_the_scan_are_its_slopes() {
             let norm = gradients[which].iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
             let expected = dot(&gradients[which]);
             assert!((slope - expected).abs() < 2e-3 * norm, "input {which}: slope {slope}, got {expected}");
+        }
+        for head in 0..case.shape[0] {
+            let loss_at = |step: f32| {
+                let mut moved = Case::new(&[7, 40], case.shape, case.dt_limits);
+                moved.constants[1][head] += step;
+                let y = moved.forward(&Reference);
+                y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
+            };
+            let slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3;
+            let rows = gradients[4].iter().skip(head).step_by(case.shape[0]);
+            let (got, size) = rows.fold((0.0, 0.0f64), |(sum, size), &row| {
+                (sum + f64::from(row), size.max(f64::from(row.abs())))
+            });
+            assert!((slope - got).abs() < 1e-2 * size, "rate of head {head}: slope {slope}, got {got}");
         }
     }
 }

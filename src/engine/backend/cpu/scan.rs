@@ -108,14 +108,14 @@ pub(super) fn backward(
     scan: &Scan<'_>,
     scratch: &mut Vec<f32>,
 ) {
-    let ScanGradient { dx, db, dc, ddt } = gradient;
+    let ScanGradient { dx, db, dc, ddt, drate } = gradient;
     let (blocks, size) = (scan.heads.div_ceil(HEADS), input.b.len());
     if scratch.len() < 2 * blocks * size {
         scratch.resize(2 * blocks * size, 0.0);
     }
     let (db_blocks, dc_blocks) = scratch[..2 * blocks * size].split_at_mut(blocks * size);
     let (db_shared, dc_shared) = (Shared::new(db_blocks), Shared::new(dc_blocks));
-    let (dx, ddt) = (Shared::new(dx), Shared::new(ddt));
+    let (dx, ddt, drate) = (Shared::new(dx), Shared::new(ddt), drate.map(Shared::new));
     let width = scan.groups * scan.states;
     cpu.run(scan.spans.len() * blocks, |task| {
         let (span, block) = (&scan.spans[task / blocks], task % blocks);
@@ -125,7 +125,15 @@ pub(super) fn backward(
         db.fill(0.0);
         dc.fill(0.0);
         for head in heads_of(scan, block) {
-            head_backward((&dx, &ddt), (&mut *db, &mut *dc), dy, input, scan, &span.queries, head);
+            head_backward(
+                (&dx, &ddt, drate.as_ref()),
+                (&mut *db, &mut *dc),
+                dy,
+                input,
+                scan,
+                &span.queries,
+                head,
+            );
         }
     });
     for (target, blocks) in [(db, &*db_blocks), (dc, &*dc_blocks)] {
@@ -138,9 +146,9 @@ pub(super) fn backward(
     }
 }
 
-/// One head over one span: writes its dx and ddt, adds to the span's db and dc.
+/// One head over one span: writes its dx, ddt and drate, adds to the span's db and dc.
 fn head_backward(
-    (dx, ddt): (&Shared<'_>, &Shared<'_>),
+    (dx, ddt, drate): (&Shared<'_>, &Shared<'_>, Option<&Shared<'_>>),
     (db, dc): (&mut [f32], &mut [f32]),
     dy: &[f32],
     input: &ScanInput<'_>,
@@ -175,7 +183,13 @@ fn head_backward(
                 // SAFETY: the caller has this head and span to itself.
                 let (dx, ddt) = unsafe { (dx.slice(x_at.clone()), ddt.slice(at..at + 1)) };
                 let gradients = (dx, &mut db[group.clone()], &mut dc[group]);
-                ddt[0] = row_backward(dstate, gradients, &dy[x_at], &step, states, scan, head);
+                let slopes = row_backward(dstate, gradients, &dy[x_at], &step, states, scan, head);
+                ddt[0] = slopes.0;
+                if let Some(drate) = drate {
+                    // SAFETY: as above.
+                    let drate = unsafe { drate.slice(at..at + 1) };
+                    drate[0] = slopes.1;
+                }
             }
         }
     });
@@ -201,7 +215,7 @@ fn keep_states(
 }
 
 /// One row: turns the gradient of the state after it into that of the state before it. Writes dx, adds to db
-/// and dc, gives ddt.
+/// and dc, gives ddt and drate.
 fn row_backward(
     dstate: &mut [f32],
     (dx, db, dc): (&mut [f32], &mut [f32], &mut [f32]),
@@ -210,7 +224,7 @@ fn row_backward(
     (before, after): (&[f32], &[f32]),
     scan: &Scan<'_>,
     head: usize,
-) -> f32 {
+) -> (f32, f32) {
     let n = scan.states;
     let (mut from_input, mut from_decay) = (0.0, 0.0);
     for i in 0..scan.head_dim {
@@ -231,5 +245,6 @@ fn row_backward(
         from_input += step.x[i] * taken;
         from_decay += decayed;
     }
-    (from_input + scan.rate[head] * step.decay * from_decay) * step.dt_slope
+    let ddt = (from_input + scan.rate[head] * step.decay * from_decay) * step.dt_slope;
+    (ddt, step.dt * step.decay * from_decay)
 }

@@ -127,7 +127,7 @@ pub(super) fn scan(y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, mut ca
 /// The gradients of every input of `scan`.
 pub(super) fn scan_backward(gradient: ScanGradient<'_>, dy: &[f32], input: &ScanInput<'_>, scan: &Scan<'_>) {
     let (heads, p, n) = (scan.heads, scan.head_dim, scan.states);
-    let ScanGradient { dx, db, dc, ddt } = gradient;
+    let ScanGradient { dx, db, dc, ddt, mut drate } = gradient;
     db.fill(0.0);
     dc.fill(0.0);
     for span in scan.spans {
@@ -146,7 +146,7 @@ pub(super) fn scan_backward(gradient: ScanGradient<'_>, dy: &[f32], input: &Scan
                 let decay = (step.dt * rate).exp();
                 let group = (row * scan.groups + head * scan.groups / heads) * n;
                 let place = (row * heads + head) * p;
-                let mut ddt_sum = 0.0;
+                let (mut ddt_sum, mut decayed_sum) = (0.0, 0.0);
                 for i in 0..p {
                     let (x, dy) = (f64::from(step.x[i]), f64::from(dy[place + i]));
                     let mut dx_sum = f64::from(scan.skip[head]) * dy;
@@ -156,12 +156,16 @@ pub(super) fn scan_backward(gradient: ScanGradient<'_>, dy: &[f32], input: &Scan
                         dc[group + j] += (dy * after[at]) as f32;
                         db[group + j] += (step.dt * x * dstate[at]) as f32;
                         dx_sum += step.dt * dstate[at] * b;
+                        decayed_sum += dstate[at] * before[at];
                         ddt_sum += dstate[at] * (x * b + rate * decay * before[at]);
                         dstate[at] *= decay;
                     }
                     dx[place + i] = dx_sum as f32;
                 }
                 ddt[row * heads + head] = (ddt_sum * step.dt_slope) as f32;
+                if let Some(drate) = &mut drate {
+                    drate[row * heads + head] = (step.dt * decay * decayed_sum) as f32;
+                }
             }
         }
     }

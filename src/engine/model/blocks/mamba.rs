@@ -2,10 +2,14 @@
 //! convolution; the scan; a norm of what the gate lets through; a projection back. Sequences of a pass begin
 //! with an empty state; with a cache they go on from theirs.
 
+use std::borrow::Cow;
+
+use rayon::prelude::*;
+
 use super::Pass;
 use super::linear::Linear;
 use super::norm::Norm;
-use crate::adapter::Gradients;
+use crate::adapter::{Gradients, StateSpace};
 use crate::backend::{Activation, Convolution, Scan, ScanGradient, ScanInput, Write};
 use crate::model::cache::{CacheLayout, RecurrentState};
 use crate::model::config::MambaOptions;
@@ -13,6 +17,10 @@ use crate::model::workspace::{Scratch, sized};
 
 /// out_proj(norm(scan(silu(conv(xBC)), dt) * silu(z))), with z, xBC, dt = in_proj(x).
 pub(in crate::model) struct Mamba {
+    /// `model.layers.0.mamba`
+    pub(in crate::model) name: String,
+    /// Place among the model's Mamba layers: what the adapter knows it by.
+    pub(in crate::model) index: usize,
     pub(in crate::model) options: MambaOptions,
     pub(in crate::model) in_proj: Linear,
     /// (channels, taps)
@@ -21,6 +29,8 @@ pub(in crate::model) struct Mamba {
     pub(in crate::model) conv_bias: Vec<f32>,
     /// (H)
     pub(in crate::model) dt_bias: Vec<f32>,
+    /// (H)
+    pub(in crate::model) a_log: Vec<f32>,
     /// (H): -exp(A_log)
     pub(in crate::model) rate: Vec<f32>,
     /// (H): D
@@ -68,6 +78,14 @@ pub(in crate::model) struct MambaScratch {
     db: Vec<f32>,
     dc: Vec<f32>,
     ddt: Vec<f32>,
+    drate: Vec<f32>,
+}
+
+/// What the scan is computed with: the model's own constants, or those that the adapter trains.
+struct Constants<'a> {
+    dt_bias: &'a [f32],
+    rate: Cow<'a, [f32]>,
+    skip: &'a [f32],
 }
 
 impl Mamba {
@@ -109,7 +127,7 @@ impl Mamba {
         pass.backend.split(&mut parts, convolved, tokens);
         let input = ScanInput { x: &saved.x, b: &saved.b, c: &saved.c, dt: &saved.dt };
         let scanned = sized(&mut saved.scanned, tokens * inner);
-        pass.backend.scan(scanned, &input, &self.scan(pass), scan_carry);
+        pass.backend.scan(scanned, &input, &self.scan(pass, &self.constants(pass)), scan_carry);
         pass.backend.glu(sized(&mut own.gated, scanned.len()), &saved.gate, scanned, Activation::Silu);
         self.norm.forward(pass, &mut own.gated_normed, &own.gated);
         self.out_proj.forward(pass, y, h_out, &own.gated_normed);
@@ -136,14 +154,20 @@ impl Mamba {
         sized(&mut own.dgated, gate.len()).fill(0.0);
         self.norm.backward(pass, &mut own.dgated, &own.dgated_normed, &own.gated);
         pass.backend.glu_backward(gate, scanned, &own.dgated, Activation::Silu);
+        let mut own_gradients = gradients.state_space(self.index);
         let gradient = ScanGradient {
             dx: sized(&mut own.dx, x.len()),
             db: sized(&mut own.db, b.len()),
             dc: sized(&mut own.dc, c.len()),
             ddt: sized(&mut own.ddt, dt.len()),
+            drate: own_gradients.is_some().then_some(sized(&mut own.drate, dt.len())),
         };
         let input = ScanInput { x, b, c, dt };
-        pass.backend.scan_backward(gradient, scanned, &input, &self.scan(pass), backend);
+        let constants = self.constants(pass);
+        pass.backend.scan_backward(gradient, scanned, &input, &self.scan(pass, &constants), backend);
+        if let Some(gradients) = &mut own_gradients {
+            self.constants_backward(gradients, &constants, (scanned, x), (&own.drate, &own.ddt));
+        }
         let dconvolved = sized(&mut own.convolved, unconvolved.len());
         pass.backend.join(dconvolved, &[&own.dx, &own.db, &own.dc], tokens);
         let dunconvolved = sized(&mut own.dunconvolved, unconvolved.len());
@@ -153,6 +177,51 @@ impl Mamba {
         pass.backend.join(dprojected, &[gate, dunconvolved, &own.ddt], tokens);
         let dx = needs_dx.then_some((sized(dnormed, normed.len()), Write::Overwrite));
         self.in_proj.backward(pass, gradients, dx, dh, (dprojected, normed, h_in));
+    }
+
+    /// Adds to the gradients of A_log, D and dt_bias (H), given dy and x (T, H·P), drate and ddt (T,H). Each head's sum
+    /// runs over the rows in their order.
+    fn constants_backward(
+        &self,
+        gradients: &mut StateSpace,
+        constants: &Constants<'_>,
+        (dy, x): (&[f32], &[f32]),
+        (drate, ddt): (&[f32], &[f32]),
+    ) {
+        let MambaOptions { heads, head_dim, .. } = self.options;
+        let column = |values: &[f32], head: usize| -> f64 {
+            values.iter().skip(head).step_by(heads).map(|&value| f64::from(value)).sum()
+        };
+        let of_head = |head: usize| {
+            let rows = dy.chunks_exact(head_dim).zip(x.chunks_exact(head_dim)).skip(head).step_by(heads);
+            let seen =
+                rows.flat_map(|(dy, x)| dy.iter().zip(x)).map(|(&dy, &x)| f64::from(dy) * f64::from(x));
+            // The rate is -exp(A_log), and so is its slope.
+            let da_log = f64::from(constants.rate[head]) * column(drate, head);
+            (da_log as f32, seen.sum::<f64>() as f32, column(ddt, head) as f32)
+        };
+        let sums: Vec<(f32, f32, f32)> = (0..heads).into_par_iter().map(of_head).collect();
+        for (head, (da_log, dskip, ddt_bias)) in sums.into_iter().enumerate() {
+            gradients.a_log[head] += da_log;
+            gradients.skip[head] += dskip;
+            gradients.dt_bias[head] += ddt_bias;
+        }
+    }
+
+    /// The constants as the model has them.
+    pub(in crate::model) fn state_space(&self) -> StateSpace {
+        StateSpace {
+            name: self.name.clone(),
+            a_log: self.a_log.clone(),
+            skip: self.skip.clone(),
+            dt_bias: self.dt_bias.clone(),
+        }
+    }
+
+    /// Whether the pass adapts this block.
+    pub(in crate::model) fn is_adapted(&self, pass: &Pass<'_>) -> bool {
+        let trained = pass.adapter.is_some_and(|adapter| adapter.state_space(self.index).is_some());
+        trained || self.linears().iter().any(|linear| linear.is_adapted(pass))
     }
 
     /// The linear layers in the order of the forward pass.
@@ -179,16 +248,25 @@ impl Mamba {
         Convolution { weight, bias, taps: self.options.taps, spans: pass.spans }
     }
 
-    fn scan<'a>(&'a self, pass: &Pass<'a>) -> Scan<'a> {
+    fn constants<'a>(&'a self, pass: &Pass<'a>) -> Constants<'a> {
+        match pass.adapter.and_then(|adapter| adapter.state_space(self.index)) {
+            Some(trained) => {
+                Constants { dt_bias: &trained.dt_bias, rate: Cow::Owned(trained.rate()), skip: &trained.skip }
+            }
+            None => Constants { dt_bias: &self.dt_bias, rate: Cow::Borrowed(&self.rate), skip: &self.skip },
+        }
+    }
+
+    fn scan<'a>(&self, pass: &Pass<'a>, constants: &'a Constants<'_>) -> Scan<'a> {
         let MambaOptions { heads, head_dim, groups, states, dt_limits, .. } = self.options;
         Scan {
             heads,
             head_dim,
             groups,
             states,
-            dt_bias: &self.dt_bias,
-            rate: &self.rate,
-            skip: &self.skip,
+            dt_bias: constants.dt_bias,
+            rate: &constants.rate,
+            skip: constants.skip,
             dt_limits,
             spans: pass.spans,
         }
