@@ -1,6 +1,9 @@
 //! Measures the engine on a real model: training steps and generation, in tokens a second. Knows the engine's
 //! public face; nothing of manifests, stages or the terminal.
 //!
+//! ```text
+//! train, generate ──► a model whole        kernels ──► its operations, one by one
+//! ```
 //! A figure is the median of the measured steps; `spread` is (slowest − fastest) / median of their times, so that a
 //! reader sees how quiet the machine was.
 
@@ -9,11 +12,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::adapter::{Adapter, AdapterError, Gradients, LoraConfig, Targets};
-use tunesmith_engine::backend::Compute;
+use tunesmith_engine::backend::{Compute, Cpu};
 use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
-use tunesmith_engine::process::peak_rss_bytes;
+use tunesmith_engine::process::{cpu_seconds, peak_rss_bytes};
+
+mod kernels;
+
+pub(crate) use kernels::{KernelFigure, KernelFigures, Kernels, kernels};
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +84,14 @@ pub(crate) struct TrainingFigures {
     pub(crate) tok_s: f64,
     pub(crate) step_ms: f64,
     pub(crate) spread: f64,
+    /// Time of the median step on all cores together: what to compare where the machine is shared.
+    pub(crate) cpu_ms: f64,
+    /// Floating-point operations of a step, a multiply-add as two; see `Model::training_flops`.
+    pub(crate) flops: f64,
+    /// Billions of floating-point operations a second that so many threads do at most, as measured before.
+    pub(crate) peak_gflop_s: f64,
+    /// How much of that the median step reaches.
+    pub(crate) peak_percent: f64,
     pub(crate) peak_rss_bytes: u64,
     /// Mean loss of each step, warmup too.
     pub(crate) losses: Vec<f64>,
@@ -106,11 +121,12 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
     if training.recompute {
         workspace.recompute_layers(model.config().num_hidden_layers());
     }
+    let peak_gflop_s = kernels::peak_gflop_s(&Cpu::new(base.compute.threads));
     let marks = vec![true; training.seq];
-    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let (mut seconds, mut busy, mut losses, mut flops) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for step in tokens.chunks_exact(per_step) {
         let rows: Vec<_> = step.chunks_exact(training.seq).map(|row| (row, &marks[..])).collect();
-        let start = Instant::now();
+        let (start, busy_before) = (Instant::now(), cpu_seconds());
         let pack = Pack::new(&rows);
         let scale = 1.0 / pack.supervised() as f32;
         gradients.zero();
@@ -119,13 +135,19 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         let tensors = adapter.parameters_mut().zip(gradients.tensors());
         optimizer.step(tensors.map(|((_, values), (_, slope))| (training.learning_rate, values, slope)));
         seconds.push(start.elapsed().as_secs_f64());
+        busy.push(cpu_seconds() - busy_before);
         losses.push(loss.nll / loss.supervised as f64);
+        flops = model.training_flops(&adapter, &pack);
     }
     let (median, spread) = median_and_spread(&seconds[training.warmup..]);
     Ok(TrainingFigures {
         tok_s: per_step as f64 / median,
         step_ms: median * 1e3,
         spread,
+        cpu_ms: median_and_spread(&busy[training.warmup..]).0 * 1e3,
+        flops,
+        peak_gflop_s,
+        peak_percent: 100.0 * flops / median / (peak_gflop_s * 1e9),
         peak_rss_bytes: peak_rss_bytes(),
         losses,
         numerics: model.numerics(),

@@ -15,6 +15,8 @@ fn training_and_generation_give_their_figures() {
     };
     let (kept, twice) = (figures(&["--threads", "1"]), figures(&["--threads", "2", "--recompute", "all"]));
     assert!(kept["tok_s"].as_f64().unwrap() > 0.0 && kept["peak_rss_bytes"].as_u64().unwrap() > 0);
+    let within = |value: &Value, range: std::ops::Range<f64>| range.contains(&value.as_f64().unwrap());
+    assert!(within(&kept["peak_percent"], 0.0..100.0) && within(&kept["cpu_ms"], 0.0..1e6));
     assert_eq!(kept["losses"].as_array().map(Vec::len), Some(5), "warmup and measured steps");
     assert_eq!(kept["losses"], twice["losses"], "threads and recomputation change no loss");
     assert_ne!(kept["losses"], figures(&["--base", "bf16"])["losses"]);
@@ -25,6 +27,29 @@ fn training_and_generation_give_their_figures() {
     assert!(
         figures["prefill_tok_s"].as_f64().unwrap() > 0.0 && figures["decode_tok_s"].as_f64().unwrap() > 0.0
     );
+}
+
+#[test]
+fn operations_are_held_against_what_the_machine_gives() {
+    let project = Project::new();
+    let options = ["bench", "kernels", "--threads", "2", "--tokens", "16", "--rounds", "1"];
+    let figures: Value = project.json(&[&options[..], &["--json", "-"]].concat());
+    let positive = |value: &Value| value.as_f64().unwrap() > 0.0;
+    let peak = &figures["peak"];
+    assert!(["thread_gflop_s", "gflop_s", "thread_gb_s", "gb_s"].iter().all(|name| positive(&peak[name])));
+    assert!(figures["numerics"].as_str().unwrap().starts_with("cpu:") && figures["threads"] == 2);
+    let kernels = figures["kernels"].as_array().unwrap();
+    let of = |name: &str| kernels.iter().filter(|kernel| kernel["name"] == name).collect::<Vec<_>>();
+    assert_eq!(of("linear").len(), 10, "five shapes in two encodings");
+    assert_eq!((of("linear backward").len(), of("lora backward").len()), (10, 4));
+    assert_eq!((of("attention").len(), of("cross-entropy").len(), of("glu backward").len()), (2, 1, 1));
+    for kernel in kernels {
+        assert!(positive(&kernel["ms"]) && positive(&kernel["peak_percent"]), "{kernel}");
+        let by_rate = kernel["unit"] == "GFLOP/s";
+        let top = peak[if by_rate { "gflop_s" } else { "gb_s" }].as_f64().unwrap();
+        let share = 100.0 * kernel["rate"].as_f64().unwrap() / top;
+        assert!((share - kernel["peak_percent"].as_f64().unwrap()).abs() < 1e-6 * share, "{kernel}");
+    }
 }
 
 #[test]

@@ -10,7 +10,9 @@ use tunesmith_engine::base::Quantize;
 
 use super::exit_code::Failure;
 use super::{print, problems};
-use crate::bench::{self, Base, BenchError, Generation, GenerationFigures, Training, TrainingFigures};
+use crate::bench::{
+    self, Base, BenchError, Generation, GenerationFigures, KernelFigures, Kernels, Training, TrainingFigures,
+};
 
 /// What to measure.
 #[derive(Subcommand)]
@@ -19,9 +21,11 @@ pub(super) enum Command {
     Train(TrainOptions),
     /// Generation: prompt tokens and generated tokens a second
     Generate(GenerateOptions),
+    /// Operations one by one, against what the machine gives at most
+    Kernels(KernelOptions),
 }
 
-/// The model and the machine.
+/// The model, and the machine.
 #[derive(Args)]
 pub(super) struct ModelArgs {
     /// A GGUF file or a Hugging Face folder
@@ -30,6 +34,13 @@ pub(super) struct ModelArgs {
     /// How the linear layers rest in memory
     #[arg(long, value_enum, default_value_t = Stored::Nf4)]
     base: Stored,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// The machine, and where figures go.
+#[derive(Args)]
+pub(super) struct MachineArgs {
     /// Threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -123,11 +134,25 @@ pub(super) struct GenerateOptions {
     rounds: u16,
 }
 
+/// Options of `bench kernels`.
+#[derive(Args)]
+pub(super) struct KernelOptions {
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Rows of activations
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(1..))]
+    tokens: u16,
+    /// Times each operation is measured
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+}
+
 /// Measures and shows.
 pub(super) fn main(command: &Command) -> Result<(), Failure> {
     let shown = match command {
         Command::Train(options) => train(options),
         Command::Generate(options) => generate(options),
+        Command::Kernels(options) => kernels(options),
     };
     shown.map_err(|error| {
         let hint = match &error {
@@ -164,14 +189,14 @@ fn train(options: &TrainOptions) -> Result<(), BenchError> {
             recompute: options.recompute == Recompute::All,
         },
     )?;
-    let TrainingFigures { tok_s, step_ms, spread, peak_rss_bytes, .. } = &figures;
+    let TrainingFigures { tok_s, step_ms, spread, peak_percent, peak_rss_bytes, .. } = &figures;
     let first = figures.losses.first().copied().unwrap_or_default();
     let last = figures.losses.last().copied().unwrap_or_default();
     show(
-        &options.model,
+        &options.model.machine,
         &figures,
         &format!(
-            "training: {tok_s:.0} tokens/s, {step_ms:.0} ms a step (spread {:.0} %), peak memory {} MiB, loss {first:.4} to {last:.4}",
+            "training: {tok_s:.0} tokens/s, {step_ms:.0} ms a step (spread {:.0} %), {peak_percent:.0} % of the machine's peak, peak memory {} MiB, loss {first:.4} to {last:.4}",
             spread * 100.0,
             peak_rss_bytes >> 20,
         ),
@@ -191,7 +216,7 @@ fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
     )?;
     let GenerationFigures { prefill_tok_s, decode_tok_s, spread, peak_rss_bytes, .. } = &figures;
     show(
-        &options.model,
+        &options.model.machine,
         &figures,
         &format!(
             "generation: {prefill_tok_s:.0} prompt tokens/s, {decode_tok_s:.1} generated tokens/s (spread {:.0} %), peak memory {} MiB",
@@ -201,10 +226,32 @@ fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
     )
 }
 
+fn kernels(options: &KernelOptions) -> Result<(), BenchError> {
+    let (tokens, rounds) = (options.tokens.into(), options.rounds.into());
+    let figures = bench::kernels(&Kernels { threads: options.machine.threads(), tokens, rounds });
+    show(&options.machine, &figures, &kernel_lines(&figures))
+}
+
+/// A line for the machine and one for each operation.
+fn kernel_lines(figures: &KernelFigures) -> String {
+    let KernelFigures { numerics, threads, tokens, peak, kernels } = figures;
+    let mut lines = vec![format!(
+        "{numerics}, {threads} threads, {tokens} rows; at most {:.0} GFLOP/s ({:.0} a thread), {:.1} GB/s ({:.1} a thread)",
+        peak.gflop_s, peak.thread_gflop_s, peak.gb_s, peak.thread_gb_s,
+    )];
+    lines.extend(kernels.iter().map(|figure| {
+        let bench::KernelFigure { name, shape, ms, rate, unit, spread, peak_percent } = figure;
+        format!(
+            "{name:20} {shape:22} {ms:9.3} ms {rate:7.1} {:8} {peak_percent:5.1} %  (spread {:.0} %)",
+            unit.text(),
+            spread * 100.0,
+        )
+    }));
+    lines.join("\n")
+}
+
 fn open(model: &ModelArgs) -> Result<Base, BenchError> {
-    let threads = model
-        .threads
-        .map_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get), usize::from);
+    let threads = model.machine.threads();
     let quantize = match model.base {
         Stored::Nf4 => Quantize::Nf4,
         Stored::Bf16 => Quantize::None,
@@ -212,8 +259,15 @@ fn open(model: &ModelArgs) -> Result<Base, BenchError> {
     Base::new(&model.model, quantize, Compute { kind: BackendKind::Cpu, threads })
 }
 
-fn show(model: &ModelArgs, figures: &impl Serialize, line: &str) -> Result<(), BenchError> {
-    match model.json.as_deref() {
+impl MachineArgs {
+    fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.threads.map_or_else(cores, usize::from)
+    }
+}
+
+fn show(machine: &MachineArgs, figures: &impl Serialize, line: &str) -> Result<(), BenchError> {
+    match machine.json.as_deref() {
         None => print::data(line),
         Some(file) if file == Path::new("-") => print::json(figures),
         Some(file) => {

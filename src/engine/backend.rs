@@ -136,6 +136,12 @@ impl Span {
         Self { queries: rows.clone(), keys: rows, prefix: 0..0 }
     }
 
+    /// How many keys all queries see together, a window's at most each.
+    pub fn pairs(&self, window: Option<usize>) -> usize {
+        let seen = |query: usize| (self.past() + query + 1).min(window.unwrap_or(usize::MAX));
+        (0..self.queries.len()).map(seen).sum()
+    }
+
     /// Positions before that of the first query.
     fn past(&self) -> usize {
         self.prefix.len() + self.keys.len() - self.queries.len()

@@ -21,6 +21,7 @@ mod assemble;
 mod blocks;
 mod cache;
 pub mod config;
+mod cost;
 mod decoder;
 pub(crate) mod families;
 mod noise;

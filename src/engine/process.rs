@@ -1,4 +1,4 @@
-//! Memory of this process, as the system counts it. Knows nothing of what the memory is for.
+//! Memory of this process and its time on cores, as the system counts them. Knows nothing of what they are for.
 
 /// About what the program itself has in memory.
 const PROGRAM_BYTES: u64 = 32 << 20;
@@ -9,14 +9,24 @@ pub fn peak_rss_bytes() -> u64 {
     if let Some(peak) = process_status().and_then(|status| status.bytes("VmHWM:")) {
         return peak;
     }
+    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
+    u64::try_from(usage().ru_maxrss).unwrap_or(0) * unit
+}
+
+/// Time that all threads of this process have spent on cores so far, in seconds.
+pub fn cpu_seconds() -> f64 {
+    let usage = usage();
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 * 1e-6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+fn usage() -> libc::rusage {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: `getrusage` writes one `rusage` to the pointer, which is valid for it; all zeroes is a valid value.
-    let usage = unsafe {
+    unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
-    };
-    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+    }
 }
 
 /// Resident memory of this process now, in bytes, less what is there of `mapped` bytes of weights; the peak so far

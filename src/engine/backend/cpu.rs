@@ -25,6 +25,7 @@ mod entropy;
 mod kernel;
 mod linear;
 mod panel;
+mod peak;
 mod product;
 mod rows;
 mod scan;

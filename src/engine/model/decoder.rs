@@ -226,7 +226,7 @@ enum Below {
 }
 
 impl Layer {
-    fn linears(&self) -> Vec<&Linear> {
+    pub(super) fn linears(&self) -> Vec<&Linear> {
         [self.mixer.linears(), self.mlp.linears()].concat()
     }
 

@@ -22,12 +22,28 @@ const LORA_TILE: usize = 192;
 
 /// y (T,N) = or += x (T,K) · Wᵀ.
 pub(super) fn forward(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
-    run(cpu, y, x, weight, Side::Rows, write);
+    forward_part(cpu, y, x, (weight, 0..weight.rows), write);
+}
+
+/// y (T,N) = or += x (T,K) · the transpose of these rows of the weight.
+pub(super) fn forward_part(cpu: &Cpu, y: &mut [f32], x: &[f32], part: (&Matrix, Range<usize>), write: Write) {
+    run(cpu, y, x, part, Side::Rows, write);
 }
 
 /// dx (T,K) = or += dy (T,N) · W.
 pub(super) fn backward(cpu: &Cpu, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
-    run(cpu, dx, dy, weight, Side::Columns, write);
+    backward_part(cpu, dx, dy, (weight, 0..weight.rows), write);
+}
+
+/// dx (T,K) = or += dy (T,N) · these rows of the weight.
+pub(super) fn backward_part(
+    cpu: &Cpu,
+    dx: &mut [f32],
+    dy: &[f32],
+    part: (&Matrix, Range<usize>),
+    write: Write,
+) {
+    run(cpu, dx, dy, part, Side::Columns, write);
 }
 
 /// Outputs of a task: enough tasks for the threads to end together. Any cut gives the same bits.
@@ -36,11 +52,18 @@ fn tile_of(outputs: usize, threads: usize) -> usize {
     outputs.div_ceil(tiles).next_multiple_of(panel::WIDTH)
 }
 
-/// y (T,N) = or += x (T,K) · the weight, or its transpose.
-fn run(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, side: Side, write: Write) {
+/// y (T,N) = or += x (T,K) · some rows of a weight, or their transpose.
+fn run(
+    cpu: &Cpu,
+    y: &mut [f32],
+    x: &[f32],
+    (weight, part): (&Matrix, Range<usize>),
+    side: Side,
+    write: Write,
+) {
     let (n, k) = match side {
-        Side::Rows => (weight.rows, weight.cols),
-        Side::Columns => (weight.cols, weight.rows),
+        Side::Rows => (part.len(), weight.cols),
+        Side::Columns => (weight.cols, part.len()),
     };
     let tokens = x.len() / k;
     assert!(x.len() == tokens * k && y.len() == tokens * n, "BUG: shape of a linear layer");
@@ -60,30 +83,37 @@ fn run(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, side: Side, write: 
             _ => tile.len(),
         };
         for start in tile.clone().step_by(narrow) {
-            let part = start..tile.end.min(start + narrow);
-            let mut y = y.columns(part.start - tile.start..part.end - tile.start);
-            part_of(cpu, &mut y, x, weight, side, part, k, write);
+            let narrow = start..tile.end.min(start + narrow);
+            let mut y = y.columns(narrow.start - tile.start..narrow.end - tile.start);
+            part_of(cpu, &mut y, x, (weight, part.start), side, narrow, k, write);
         }
     });
 }
 
-/// y (T,N) = or += x (T,K) · the outputs `part` of the weight.
+/// y (T,N) = or += x (T,K) · the outputs `part` of a weight from row `first` on.
 fn part_of(
     cpu: &Cpu,
     y: &mut Output<'_>,
     x: Operand<'_>,
-    weight: &Matrix,
+    (weight, first): (&Matrix, usize),
     side: Side,
     part: Range<usize>,
     k: usize,
     write: Write,
 ) {
+    // Rows of the weight are outputs one way, and depth the other.
+    let from_first = |range: &Range<usize>, is_rows| match is_rows {
+        true => first + range.start..first + range.end,
+        false => range.clone(),
+    };
     let sweep = SWEEP.min(k);
     scratch::with(panel::size(part.len(), sweep), |panels| {
         for start in (0..k).step_by(sweep) {
             let depth = start..k.min(start + sweep);
             let write = if start == 0 { write } else { Write::Add };
-            panel::decode(cpu.kernel, weight, side, part.clone(), depth.clone(), panels);
+            let cols = from_first(&part, side == Side::Rows);
+            let steps = from_first(&depth, side == Side::Columns);
+            panel::decode(cpu.kernel, weight, side, cols, steps, panels);
             let panels = Panels::packed(panels, depth.len());
             multiply(cpu.kernel, y, depth.len(), 1.0, write, x.from(start), panels);
         }

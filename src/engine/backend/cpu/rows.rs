@@ -413,12 +413,14 @@ vectorised! {
 }
 
 vectorised! {
-    /// Log-sum-exp of a row of logits, its sum of exponentials in f64 by blocks of 256.
-    fn logsumexp(logits: &[f32]) -> f64 {
-        let largest = largest(logits);
-        let sum: f64 =
-            logits.chunks(256).map(|block| f64::from(sum_of(block.len(), |i| exp(block[i] - largest)))).sum();
-        f64::from(largest) + sum.ln()
+    /// The largest of some logits, and their sum of exp(logit - largest) in f64 by blocks of 256.
+    fn sum_of_exponentials(logits: &[f32]) -> (f32, f64) {
+        let (largest, mut sum) = (largest(logits), 0.0);
+        // A loop, for an iterator's sum would be a function of its own, compiled without these instructions.
+        for block in logits.chunks(256) {
+            sum += f64::from(sum_of(block.len(), |i| exp(block[i] - largest)));
+        }
+        (largest, sum)
     }
 }
 
