@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::adapter::{Adapter, AdapterError, Gradients, LoraConfig, Targets};
-use tunesmith_engine::backend::{Compute, Cpu};
+use tunesmith_engine::backend::{Compute, Cpu, NoSuchSet};
 use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
@@ -31,6 +31,8 @@ pub(crate) enum BenchError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    InstructionSet(#[from] NoSuchSet),
     #[error(transparent)]
     Io(#[from] std::io::Error),
     #[error("`{}` holds {got} tokens, but {needed} are needed for {steps} steps", path.display())]
@@ -121,7 +123,7 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
     if training.recompute {
         workspace.recompute_layers(model.config().num_hidden_layers());
     }
-    let peak_gflop_s = kernels::peak_gflop_s(&Cpu::new(base.compute.threads));
+    let peak_gflop_s = kernels::peak_gflop_s(&Cpu::new(base.compute.threads)?);
     let marks = vec![true; training.seq];
     let (mut seconds, mut busy, mut losses, mut flops) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for step in tokens.chunks_exact(per_step) {

@@ -15,7 +15,7 @@ use tunesmith_engine::matrix::{Bytes, Matrix, Values};
 use tunesmith_engine::process::cpu_seconds;
 use tunesmith_engine::quant::Nf4;
 
-use super::median_and_spread;
+use super::{BenchError, median_and_spread};
 
 /// SmolLM2-135M's numbers.
 const HIDDEN: usize = 576;
@@ -55,15 +55,15 @@ pub(crate) fn peak_gflop_s(cpu: &Cpu) -> f64 {
     best(|| cpu.spin(SPINS)) / 1e9
 }
 
-fn peak(threads: usize, memory: usize) -> Peak {
+fn peak(threads: usize, memory: usize) -> Result<Peak, BenchError> {
     let values = vec![1.0; memory];
-    let (one, all) = (Cpu::new(1), Cpu::new(threads));
-    Peak {
+    let (one, all) = (Cpu::new(1)?, Cpu::new(threads)?);
+    Ok(Peak {
         thread_gflop_s: peak_gflop_s(&one),
         gflop_s: peak_gflop_s(&all),
         thread_gb_s: best(|| one.read(&values)) / 1e9,
         gb_s: best(|| all.read(&values)) / 1e9,
-    }
+    })
 }
 
 /// The highest rate of `work`, which gives how much it did.
@@ -132,14 +132,14 @@ impl Unit {
 }
 
 /// Measures every operation of a training step.
-pub(crate) fn kernels(options: &Kernels) -> KernelFigures {
+pub(crate) fn kernels(options: &Kernels) -> Result<KernelFigures, BenchError> {
     // As much memory as the operations need is enough of a machine for a quick look.
     let memory = if options.tokens < 256 { MEMORY / 16 } else { MEMORY };
     let mut bench = Bench {
-        cpu: Cpu::new(options.threads),
+        cpu: Cpu::new(options.threads)?,
         tokens: options.tokens,
         rounds: options.rounds,
-        peak: peak(options.threads, memory),
+        peak: peak(options.threads, memory)?,
         figures: Vec::new(),
     };
     for (n, k) in LINEARS {
@@ -151,13 +151,13 @@ pub(crate) fn kernels(options: &Kernels) -> KernelFigures {
     bench.attention();
     bench.head();
     bench.row_wise();
-    KernelFigures {
+    Ok(KernelFigures {
         numerics: numerics(BackendKind::Cpu),
         threads: options.threads,
         tokens: options.tokens,
         peak: bench.peak,
         kernels: bench.figures,
-    }
+    })
 }
 
 struct Bench {

@@ -228,7 +228,7 @@ fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
 
 fn kernels(options: &KernelOptions) -> Result<(), BenchError> {
     let (tokens, rounds) = (options.tokens.into(), options.rounds.into());
-    let figures = bench::kernels(&Kernels { threads: options.machine.threads(), tokens, rounds });
+    let figures = bench::kernels(&Kernels { threads: options.machine.threads(), tokens, rounds })?;
     show(&options.machine, &figures, &kernel_lines(&figures))
 }
 
@@ -240,7 +240,7 @@ fn kernel_lines(figures: &KernelFigures) -> String {
         peak.gflop_s, peak.thread_gflop_s, peak.gb_s, peak.thread_gb_s,
     )];
     lines.extend(kernels.iter().map(|figure| {
-        let bench::KernelFigure { name, shape, ms, rate, unit, spread, peak_percent } = figure;
+        let bench::KernelFigure { name, shape, ms, rate, unit, spread, peak_percent, .. } = figure;
         format!(
             "{name:20} {shape:22} {ms:9.3} ms {rate:7.1} {:8} {peak_percent:5.1} %  (spread {:.0} %)",
             unit.text(),

@@ -89,6 +89,46 @@ fn linear_and_its_backward() {
 }
 
 #[test]
+fn products_of_few_rows() {
+    // Whole bands of 32 outputs and some over; whole sweeps of the depth and parts of one; depths of no band's.
+    for (n, k) in [(32, 8), (64, 64), (97, 160), (131, 1184), (40, 36), (96, 576), (33, 296)] {
+        for (encoding, weight) in encodings(n, k) {
+            for (tokens, write) in
+                [(1, Write::Overwrite), (2, Write::Add), (4, Write::Overwrite), (5, Write::Add)]
+            {
+                check(&format!("thin linear {tokens}x{n}x{k} {encoding}"), 1e-5, |backend| {
+                    let mut y = noise(2, tokens * n);
+                    backend.linear(&mut y, &noise(4, tokens * k), &weight, write);
+                    vec![y]
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn row_of_a_product_does_not_depend_on_the_rows_beside_it() {
+    let tokens = 103;
+    for (n, k) in [(97, 160), (40, 36), (130, 1184), (64, 584)] {
+        for (encoding, weight) in encodings(n, k) {
+            for (set, cpu) in Cpu::all(2) {
+                let (x, before) = (noise(4, tokens * k), noise(2, tokens * n));
+                let mut together = before.clone();
+                cpu.linear(&mut together, &x, &weight, Write::Add);
+                for step in [1, 2, 3, 4, 7, 50] {
+                    let mut apart = before.clone();
+                    for (y, x) in apart.chunks_mut(step * n).zip(x.chunks(step * k)) {
+                        cpu.linear(y, x, &weight, Write::Add);
+                    }
+                    let same = apart.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{set} {n}x{k} {encoding}: {step} rows at a time give other bits");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn lora_and_its_backward() {
     for (tokens, n, k, rank) in [(1, 3, 5, 1), (65, 200, 30, 4), (130, 7, 193, 5), (300, 64, 64, 16)] {
         check(&format!("lora {tokens}x{n}x{k} rank {rank}"), 2e-5, |backend| {

@@ -22,6 +22,7 @@ use crate::matrix::Matrix;
 mod attention;
 mod conv;
 mod entropy;
+mod gemv;
 mod kernel;
 mod linear;
 mod panel;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::panel::{self, Side};
 use super::product::{Operand, Output, Panels, SWEEP, Shared, multiply, product};
-use super::{Cpu, Lora, LoraGradient, Write, scratch};
+use super::{Cpu, Lora, LoraGradient, Write, gemv, scratch};
 use crate::matrix::Matrix;
 
 /// Most outputs of a task: a sweep of decoded weights, the rows that pass by it and their results share the
@@ -68,9 +68,16 @@ fn run(
     let tokens = x.len() / k;
     assert!(x.len() == tokens * k && y.len() == tokens * n, "BUG: shape of a linear layer");
     let y = Shared::new(y);
-    let (step, chunks) = (tile_of(n, cpu.threads()), tokens.div_ceil(TOKENS));
-    cpu.run(n.div_ceil(step) * chunks, |task| {
-        let (start, first) = (task / chunks * step, task % chunks * TOKENS);
+    let thin = if side == Side::Rows { gemv::outputs(weight, tokens) } else { 0 };
+    if thin > 0 {
+        gemv::forward(cpu, y, x, weight, write);
+    }
+    if thin == n {
+        return;
+    }
+    let (step, chunks) = (tile_of(n - thin, cpu.threads()), tokens.div_ceil(TOKENS));
+    cpu.run((n - thin).div_ceil(step) * chunks, |task| {
+        let (start, first) = (thin + task / chunks * step, task % chunks * TOKENS);
         let (tile, rows) = (start..n.min(start + step), TOKENS.min(tokens - first));
         // SAFETY: tiles and chunks of different tasks do not overlap.
         let mut y = unsafe { y.block(first * n + start, rows, tile.len(), n) };

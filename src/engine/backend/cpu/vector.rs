@@ -57,6 +57,78 @@ pub(super) trait Vector: Lanes {
     unsafe fn codes_transposed<C: Code>(from: *const u8, stride: usize, scales: &[f32; 16], out: *mut f32);
     /// Lane j of row i becomes lane i of row j.
     unsafe fn transpose(rows: [Self; LANES]) -> [Self; LANES];
+
+    /// sums (M, 32 rows) += x (M,32) · the values of a band, step after step: 32 indices of each of 32 rows, as for
+    /// `codes_transposed`. Rows of x lie `x_row` apart.
+    #[inline(always)]
+    unsafe fn codes_dot<C: Code, const M: usize>(
+        from: *const u8,
+        stride: usize,
+        scales: &[f32; BAND],
+        (x, x_row): (*const f32, usize),
+        sums: &mut [[Self; GROUPS]; M],
+    ) {
+        for group in 0..GROUPS {
+            for k in (0..32).step_by(LANES) {
+                // SAFETY: as the trait says.
+                unsafe {
+                    let mut block = [Self::splat(0.0); LANES];
+                    for lane in 0..LANES {
+                        let row = group * LANES + lane;
+                        let values = Self::load_codes(from.add(row * stride + k / 2), &C::VALUES);
+                        block[lane] = values.mul(Self::splat(scales[row]));
+                    }
+                    block_dot(Self::transpose(block), (x.add(k), x_row), group, sums);
+                }
+            }
+        }
+    }
+
+    /// sums (M, 32 rows) += x (M,8) · eight bfloat16 of each of 32 rows `stride` bytes apart, step after step.
+    #[inline(always)]
+    unsafe fn bf16_dot<const M: usize>(
+        from: *const u8,
+        stride: usize,
+        (x, x_row): (*const f32, usize),
+        sums: &mut [[Self; GROUPS]; M],
+    ) {
+        for group in 0..GROUPS {
+            // SAFETY: as the trait says.
+            unsafe {
+                let mut block = [Self::splat(0.0); LANES];
+                for lane in 0..LANES {
+                    block[lane] = Self::load_bf16(from.add((group * LANES + lane) * stride));
+                }
+                block_dot(Self::transpose(block), (x, x_row), group, sums);
+            }
+        }
+    }
+}
+
+/// Rows of a band: as many sums as keep the CPU busy with one row of x.
+pub(super) const BAND: usize = 32;
+/// Vectors across a band.
+pub(super) const GROUPS: usize = BAND / LANES;
+
+/// sums of a group += x (M,8) · a block of eight steps.
+///
+/// # Safety
+/// As for [`Vector`].
+#[inline(always)]
+pub(super) unsafe fn block_dot<V: Vector, const M: usize>(
+    block: [V; LANES],
+    (x, x_row): (*const f32, usize),
+    group: usize,
+    sums: &mut [[V; GROUPS]; M],
+) {
+    for m in 0..M {
+        let mut sum = sums[m][group];
+        for step in 0..LANES {
+            // SAFETY: as promised.
+            sum = unsafe { V::splat(*x.add(m * x_row + step)).mul_add(block[step], sum) };
+        }
+        sums[m][group] = sum;
+    }
 }
 
 /// The lanes as an array: no instructions beyond the target's own.
@@ -164,7 +236,7 @@ mod avx2 {
 
     use std::arch::x86_64::*;
 
-    use super::{Code, LANES, Lanes, Vector, zmm};
+    use super::{BAND, Code, GROUPS, LANES, Lanes, Vector, block_dot, zmm};
 
     /// The bytes of sixteen rows of sixteen, `stride` apart and taken in `order`, as columns.
     ///
@@ -360,6 +432,127 @@ mod avx2 {
                     Self(_mm256_permute2f128_ps::<0x31>(ad_2, eh_2)),
                     Self(_mm256_permute2f128_ps::<0x31>(ad_3, eh_3)),
                 ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn codes_dot<C: Code, const M: usize>(
+            from: *const u8,
+            stride: usize,
+            scales: &[f32; BAND],
+            (x, x_row): (*const f32, usize),
+            sums: &mut [[Self; GROUPS]; M],
+        ) {
+            // SAFETY: as the trait says. Four bytes of eight rows become a register, byte after byte of rows 0-3 in
+            // its lower half and of rows 4-7 in its upper, so that the bytes of the values, looked up one by one
+            // as in `codes_transposed`, end in the rows' order by interleaving alone.
+            unsafe {
+                let mut words = [[_mm256_setzero_si256(); GROUPS]; 4];
+                let by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                    0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                ));
+                for group in 0..GROUPS {
+                    let mut rows = [_mm256_setzero_si256(); 4];
+                    for row in 0..4 {
+                        let low = from.add((group * LANES + row) * stride);
+                        rows[row] = _mm256_inserti128_si256::<1>(
+                            _mm256_castsi128_si256(_mm_loadu_si128(low.cast())),
+                            _mm_loadu_si128(low.add(4 * stride).cast()),
+                        );
+                    }
+                    let (ab, ab_high) =
+                        (_mm256_unpacklo_epi32(rows[0], rows[1]), _mm256_unpackhi_epi32(rows[0], rows[1]));
+                    let (cd, cd_high) =
+                        (_mm256_unpacklo_epi32(rows[2], rows[3]), _mm256_unpackhi_epi32(rows[2], rows[3]));
+                    let columns = [
+                        _mm256_unpacklo_epi64(ab, cd),
+                        _mm256_unpackhi_epi64(ab, cd),
+                        _mm256_unpacklo_epi64(ab_high, cd_high),
+                        _mm256_unpackhi_epi64(ab_high, cd_high),
+                    ];
+                    for word in 0..4 {
+                        words[word][group] = _mm256_shuffle_epi8(columns[word], by_byte);
+                    }
+                }
+                let mut planes = [_mm256_setzero_si256(); 4];
+                for plane in 0..4 {
+                    let bytes = _mm_loadu_si128(C::PLANES[plane].as_ptr().cast());
+                    planes[plane] = _mm256_broadcastsi128_si256(bytes);
+                }
+                let low = _mm256_set1_epi8(15);
+                for word in 0..4 {
+                    for group in 0..GROUPS {
+                        let codes = words[word][group];
+                        let scale = _mm256_loadu_ps(scales.as_ptr().add(group * LANES));
+                        let nibbles = [
+                            _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low),
+                            _mm256_and_si256(codes, low),
+                        ];
+                        let mut block = [Self(_mm256_setzero_ps()); LANES];
+                        for nibble in 0..2 {
+                            let mut parts = [_mm256_setzero_si256(); 4];
+                            for plane in 0..4 {
+                                parts[plane] = _mm256_shuffle_epi8(planes[plane], nibbles[nibble]);
+                            }
+                            let [a, b, c, d] = parts;
+                            let (lower, upper) = (
+                                [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)],
+                                [_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d)],
+                            );
+                            for half in 0..2 {
+                                let pair = [
+                                    _mm256_unpacklo_epi16(lower[half], upper[half]),
+                                    _mm256_unpackhi_epi16(lower[half], upper[half]),
+                                ];
+                                for byte in 0..2 {
+                                    let value = _mm256_mul_ps(_mm256_castsi256_ps(pair[byte]), scale);
+                                    block[4 * half + 2 * byte + nibble] = Self(value);
+                                }
+                            }
+                        }
+                        block_dot(block, (x.add(word * LANES), x_row), group, sums);
+                    }
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn bf16_dot<const M: usize>(
+            from: *const u8,
+            stride: usize,
+            (x, x_row): (*const f32, usize),
+            sums: &mut [[Self; GROUPS]; M],
+        ) {
+            // SAFETY: as the trait says. Pairs of values are transposed as one, then taken apart.
+            unsafe {
+                for group in 0..GROUPS {
+                    let mut rows = [_mm256_setzero_si256(); 4];
+                    for row in 0..4 {
+                        let low = from.add((group * LANES + row) * stride);
+                        rows[row] = _mm256_inserti128_si256::<1>(
+                            _mm256_castsi128_si256(_mm_loadu_si128(low.cast())),
+                            _mm_loadu_si128(low.add(4 * stride).cast()),
+                        );
+                    }
+                    let (ab, ab_high) =
+                        (_mm256_unpacklo_epi32(rows[0], rows[1]), _mm256_unpackhi_epi32(rows[0], rows[1]));
+                    let (cd, cd_high) =
+                        (_mm256_unpacklo_epi32(rows[2], rows[3]), _mm256_unpackhi_epi32(rows[2], rows[3]));
+                    let pairs = [
+                        _mm256_unpacklo_epi64(ab, cd),
+                        _mm256_unpackhi_epi64(ab, cd),
+                        _mm256_unpacklo_epi64(ab_high, cd_high),
+                        _mm256_unpackhi_epi64(ab_high, cd_high),
+                    ];
+                    let second = _mm256_set1_epi32(0xFFFF_0000_u32 as i32);
+                    let mut block = [Self(_mm256_setzero_ps()); LANES];
+                    for pair in 0..4 {
+                        block[2 * pair] = Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[pair])));
+                        block[2 * pair + 1] =
+                            Self(_mm256_castsi256_ps(_mm256_and_si256(pairs[pair], second)));
+                    }
+                    block_dot(block, (x, x_row), group, sums);
+                }
             }
         }
     }
