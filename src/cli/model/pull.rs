@@ -46,7 +46,7 @@ fn pull(origin: &Origin, folder: &Path) -> Result<Vec<PathBuf>, StageError> {
         let entries = fs_err::read_dir(&fetched)?.map(|entry| entry.map(|entry| entry.path()));
         entries.collect::<Result<Vec<_>, _>>()?
     } else {
-        vec![fetched]
+        fetch::parts(&fetched.to_string_lossy()).into_iter().map(PathBuf::from).collect()
     };
     for source in sources {
         let target = folder.join(source.file_name().unwrap_or_default());
