@@ -18,7 +18,7 @@ scratch=$(mktemp -d)
 bochs_pid=
 trap '[[ -z $bochs_pid ]] || kill "$bochs_pid" 2> /dev/null || true; rm -rf "$scratch"' EXIT
 
-fail() { printf 'error: %s\n' "$@" >&2; exit 125; }
+fail() { printf '%s\n' "error: $1" "${@:2}" >&2; exit 125; }
 
 # Every file the emulated machine is made of, or the package that brings it.
 need() { [[ -e $1 ]] || fail "no \`$1\`" "hint: $2; see tests/emulated/README.md"; }
@@ -101,10 +101,12 @@ END
 }
 
 if [[ ${1-} == */* ]]; then
-    make_initramfs "$@"
+    binary=$1
+    shift
 else
-    make_initramfs "$(build_tests)" "$@"
+    binary=$(build_tests)
 fi
+make_initramfs "$binary" "$@"
 make_disc
 boot
 
