@@ -20,3 +20,7 @@ docs:
 # All that CI does.
 ci:
     bash .ci/run
+
+# The engine's library tests on an emulated CPU with AVX-512 and AMX (tests/emulated/README.md).
+test-emulated *ARGS:
+    bash tests/emulated/run.sh {{ARGS}}
