@@ -44,6 +44,11 @@ fn run(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, side: Side, write: 
     };
     let tokens = x.len() / k;
     assert!(x.len() == tokens * k && y.len() == tokens * n, "BUG: shape of a linear layer");
+    #[cfg(target_arch = "x86_64")]
+    if cpu.kernel.rounds() {
+        // SAFETY: a kernel exists only where its instructions do.
+        return unsafe { super::amx::linear::run(cpu, y, x, (weight, 0), side, (n, k), write) };
+    }
     let y = Shared::new(y);
     let (step, chunks) = (tile_of(n, cpu.threads()), tokens.div_ceil(TOKENS));
     cpu.run(n.div_ceil(step) * chunks, |task| {
