@@ -31,6 +31,12 @@ pub enum BackendKind {
     Reference,
     /// The fast path on a CPU.
     Cpu,
+    /// That in f32, where it would round the factors of products.
+    #[cfg(test)]
+    CpuExact,
+    /// Plain loops that round these factors.
+    #[cfg(test)]
+    Naive,
 }
 
 /// Where and how wide to compute.
@@ -49,17 +55,27 @@ impl Compute {
     /// `TUNESMITH_CPU` names an instruction set that this CPU lacks.
     pub fn backend(&self) -> Result<Box<dyn Backend>, NoSuchSet> {
         Ok(match self.kind {
-            BackendKind::Reference => Box::new(Reference),
+            BackendKind::Reference => Box::new(Reference::EXACT),
             BackendKind::Cpu => Box::new(Cpu::new(self.threads)?),
+            #[cfg(test)]
+            BackendKind::CpuExact => Box::new(Cpu::exact(self.threads)),
+            #[cfg(test)]
+            BackendKind::Naive => Box::new(Reference::BF16),
         })
     }
 }
 
-/// The numerics class of a backend on this machine: results of one class are equal bit for bit.
+/// The numerics class of a backend in this process: results of one class are equal bit for bit. Of `Cpu`,
+/// `cpu:fma-f32.N` (AVX2, AVX-512), `cpu:amx-bf16.N` (AMX, factors rounded), `cpu:neon-f32.N` or
+/// `cpu:portable-f32.N`; `TUNESMITH_CPU` chooses among those that the CPU has.
 pub fn numerics(kind: BackendKind) -> String {
     match kind {
         BackendKind::Reference => "reference:f32".to_owned(),
         BackendKind::Cpu => format!("cpu:{}", cpu::numerics()),
+        #[cfg(test)]
+        BackendKind::CpuExact | BackendKind::Naive => {
+            unreachable!("BUG: no backend says that it is this kind")
+        }
     }
 }
 

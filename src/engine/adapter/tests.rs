@@ -15,7 +15,7 @@ fn folder() -> PathBuf {
 }
 
 fn models() -> [Model; 2] {
-    [BackendKind::Reference, BackendKind::Cpu]
+    [BackendKind::Reference, BackendKind::CpuExact]
         .map(|kind| Model::open(&folder(), &Compute { kind, threads: 2 }).unwrap())
 }
 

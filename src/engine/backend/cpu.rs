@@ -19,6 +19,8 @@ use super::{
 };
 use crate::matrix::Matrix;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod conv;
 mod entropy;
@@ -68,14 +70,9 @@ pub fn check_instruction_set() -> Result<(), NoSuchSet> {
     Kernel::chosen().map(|_| ())
 }
 
-/// The numerics class of the products in this process. The number counts the orders of sums there have been:
-/// raise it with every change of bits, for cached results are kept by it. A set that is not here has none: no
-/// backend is made for it.
+/// The numerics class of the products in this process. A set that is not here has none: no backend is made for it.
 pub(super) fn numerics() -> String {
-    match Kernel::chosen() {
-        Ok(kernel) => format!("{}.2", kernel.arithmetic()),
-        Err(missing) => missing.to_string(),
-    }
+    Kernel::chosen().map_or_else(|missing| missing.to_string(), |kernel| kernel.numerics().to_owned())
 }
 
 impl Cpu {
@@ -100,6 +97,19 @@ impl Cpu {
     #[cfg(test)]
     pub(super) fn all(threads: usize) -> Vec<(&'static str, Self)> {
         Kernel::here().into_iter().map(|kernel| (kernel.name(), Self::with(kernel, threads))).collect()
+    }
+
+    /// That of the fastest set which computes products in f32.
+    #[cfg(test)]
+    pub(super) fn exact(threads: usize) -> Self {
+        let exact = Kernel::here().into_iter().rfind(|kernel| !kernel.rounds());
+        Self::with(exact.expect("plain Rust is everywhere"), threads)
+    }
+
+    /// Whether products round their factors to bfloat16.
+    #[cfg(test)]
+    pub(super) fn rounds(&self) -> bool {
+        self.kernel.rounds()
     }
 
     fn threads(&self) -> usize {

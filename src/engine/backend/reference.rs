@@ -11,7 +11,22 @@ mod recurrent;
 
 /// Plain loops.
 #[derive(Debug, Clone, Copy)]
-pub struct Reference;
+pub struct Reference {
+    /// What becomes of the factors of the products that a fast backend may round.
+    factor: fn(f32) -> f32,
+}
+
+impl Reference {
+    /// The oracle.
+    pub const EXACT: Self = Self { factor: |value| value };
+    /// What rounding alone costs: a backend that rounds may err twice as far.
+    #[cfg(test)]
+    pub(crate) const BF16: Self = Self { factor: |value| half::bf16::from_f32(value).to_f32() };
+
+    fn factors(self, values: &[f32]) -> Vec<f32> {
+        values.iter().map(|value| (self.factor)(*value)).collect()
+    }
+}
 
 /// c (m,n) = or += scale * a (m,k) · b, where `a_at` and `b_at` read elements (i,l) and (l,j).
 fn product(
@@ -54,13 +69,13 @@ impl Backend for Reference {
 
     fn linear(&self, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
-        let w = weight.to_f32();
+        let (x, w) = (self.factors(x), self.factors(&weight.to_f32()));
         product(y, (x.len() / k, n, k), 1.0, write, |t, l| x[t * k + l], |l, j| w[j * k + l]);
     }
 
     fn linear_backward(&self, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
-        let w = weight.to_f32();
+        let (dy, w) = (self.factors(dy), self.factors(&weight.to_f32()));
         product(dx, (dy.len() / n, k, n), 1.0, write, |t, l| dy[t * n + l], |l, j| w[l * k + j]);
     }
 
@@ -163,8 +178,9 @@ impl Backend for Reference {
         v: &[f32],
         shape: &AttentionShape<'_>,
     ) {
+        let [q, k, v] = [q, k, v].map(|values| self.factors(values));
         each_query(shape, |at| {
-            let scores: Vec<f64> = at.keys().map(|key| at.score(q, k, key)).collect();
+            let scores: Vec<f64> = at.keys().map(|key| at.score(&q, &k, key)).collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
             logsumexp[at.row * shape.heads + at.head] = (largest + sum.ln()) as f32;
@@ -172,9 +188,12 @@ impl Backend for Reference {
                 let weighted: f64 = at
                     .keys()
                     .zip(&scores)
-                    .map(|(key, score)| (score - largest).exp() * f64::from(v[at.key_at(key) + d]))
+                    .map(|(key, score)| {
+                        let probability = (self.factor)(((score - largest).exp() / sum) as f32);
+                        f64::from(probability) * f64::from(v[at.key_at(key) + d])
+                    })
                     .sum();
-                out[at.query_at() + d] = (weighted / sum) as f32;
+                out[at.query_at() + d] = weighted as f32;
             }
         });
     }
@@ -192,21 +211,24 @@ impl Backend for Reference {
         dk.fill(0.0);
         dv.fill(0.0);
         let dim = shape.head_dim;
+        let [q, k, v, dout_rounded] = [saved.q, saved.k, saved.v, dout].map(|values| self.factors(values));
         each_query(shape, |at| {
             let query = at.query_at()..at.query_at() + dim;
             let delta = dot(&dout[query.clone()], &saved.out[query.clone()]);
             let logsumexp = f64::from(saved.logsumexp[at.row * shape.heads + at.head]);
             for key_row in at.keys() {
                 let key = at.key_at(key_row)..at.key_at(key_row) + dim;
-                let score = at.score(saved.q, saved.k, key_row);
+                let score = at.score(&q, &k, key_row);
                 let probability = (score - logsumexp).exp();
-                let dprobability = dot(&dout[query.clone()], &saved.v[key.clone()]);
+                let dprobability = dot(&dout_rounded[query.clone()], &v[key.clone()]);
                 let slope = shape.softcap.map_or(1.0, |cap| 1.0 - (score / f64::from(cap)).powi(2));
-                let dscore = (probability * (dprobability - delta) * slope) as f32 * shape.scale;
+                let dscore =
+                    (self.factor)((probability * (dprobability - delta) * slope) as f32 * shape.scale);
+                let probability = (self.factor)(probability as f32);
                 for d in 0..dim {
-                    dq[query.start + d] += dscore * saved.k[key.start + d];
-                    dk[key.start + d] += dscore * saved.q[query.start + d];
-                    dv[key.start + d] += probability as f32 * dout[query.start + d];
+                    dq[query.start + d] += dscore * k[key.start + d];
+                    dk[key.start + d] += dscore * q[query.start + d];
+                    dv[key.start + d] += probability * dout_rounded[query.start + d];
                 }
             }
         });
@@ -243,7 +265,7 @@ impl Backend for Reference {
         _scratch: &mut Vec<f32>,
     ) {
         let (vocabulary, c) = (head.rows, head.cols);
-        let w = head.to_f32();
+        let (hidden, w) = (self.factors(hidden), self.factors(&head.to_f32()));
         for (row, (&target, nll)) in targets.iter().zip(nll).enumerate() {
             let x = &hidden[row * c..(row + 1) * c];
             let plain = (0..vocabulary).map(|id| dot(x, &w[id * c..(id + 1) * c]));
@@ -256,10 +278,12 @@ impl Backend for Reference {
                     let sum: f64 = (0..vocabulary)
                         .map(|id| {
                             let hit = if id == target as usize { 1.0 } else { 0.0 };
-                            ((logits[id] - logsumexp).exp() - hit) * slopes[id] * f64::from(w[id * c + i])
+                            let dlogit = ((logits[id] - logsumexp).exp() - hit) * slopes[id];
+                            let dlogit = (self.factor)((dlogit * f64::from(*scale)) as f32);
+                            f64::from(dlogit) * f64::from(w[id * c + i])
                         })
                         .sum();
-                    dhidden[row * c + i] = *scale * sum as f32;
+                    dhidden[row * c + i] = sum as f32;
                 }
             }
         }

@@ -131,7 +131,7 @@ fn scan_and_its_backward() {
 fn gradients_of_the_scan_are_its_slopes() {
     let case = Case::new(&[7, 40], [3, 4, 1, 5], NO_LIMITS);
     let dy = noise(8, case.tokens * case.width());
-    for backend in [&Reference as &dyn Backend, &Cpu::new(2).unwrap()] {
+    for backend in [&Reference::EXACT as &dyn Backend, &Cpu::new(2).unwrap()] {
         let gradients = case.backward(backend, &dy);
         for which in 0..4 {
             let direction = noise(20 + which as u64, case.input[which].len());
@@ -140,7 +140,7 @@ fn gradients_of_the_scan_are_its_slopes() {
                 for (value, d) in moved.input[which].iter_mut().zip(&direction) {
                     *value += step * d;
                 }
-                let y = moved.forward(&Reference);
+                let y = moved.forward(&Reference::EXACT);
                 y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
             };
             let slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3;
@@ -172,7 +172,7 @@ fn carried_state_gives_what_the_whole_sequence_gives() {
     let (c, taps) = (24, 4);
     let (weight, bias, conv_x) = (noise(1, c * taps), noise(2, c), noise(3, 50 * c));
     let width = case.width();
-    for backend in [&Reference as &dyn Backend, &Cpu::new(2).unwrap()] {
+    for backend in [&Reference::EXACT as &dyn Backend, &Cpu::new(2).unwrap()] {
         let whole_scan = case.forward(backend);
         let spans = [Span::whole(0..50)];
         let mut whole_conv = vec![9.0; 50 * c];

@@ -3,7 +3,7 @@
 //! these begin in a prefix, the block's keys and values are copied together first. The backward writes keys' and
 //! values' gradients per query head and span and then adds those of each row in order.
 
-use super::product::{Operand, Output, Shared, product};
+use super::product::{Operand, Output, Shared, rounded_product};
 use std::ops::Range;
 
 use super::{
@@ -164,7 +164,7 @@ pub(super) fn forward(
             // SAFETY: one task per block of rows and head.
             let mut out = unsafe { out.block(at, block.rows, shape.head_dim, query.stride) };
             let scores = Operand::rows(scores, block.keys());
-            product(cpu.kernel, &mut out, block.keys(), 1.0, Write::Overwrite, scores, v);
+            rounded_product(cpu.kernel, &mut out, block.keys(), Write::Overwrite, scores, v);
         });
     });
 }
@@ -172,7 +172,7 @@ pub(super) fn forward(
 /// scores (rows, keys) = q · kᵀ of a block.
 fn scores_of(cpu: &Cpu, scores: &mut [f32], block: &Block, q: Operand<'_>, k: Operand<'_>, head_dim: usize) {
     let mut out = Output::of(scores, block.rows, block.keys());
-    product(cpu.kernel, &mut out, head_dim, 1.0, Write::Overwrite, q, transposed(k));
+    rounded_product(cpu.kernel, &mut out, head_dim, Write::Overwrite, q, transposed(k));
 }
 
 /// Caps scores that are to be capped; gives the factor that is still to be applied.
@@ -318,10 +318,24 @@ fn block_backward(
             }
         }
         let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
-        product(cpu.kernel, dq, keys, 1.0, Write::Overwrite, dscore_rows, k);
+        rounded_product(cpu.kernel, dq, keys, Write::Overwrite, dscore_rows, k);
         let q = query.rows(saved.q, block.first);
-        product(cpu.kernel, &mut Output::of(dk, keys, dim), block.rows, 1.0, Write::Add, dscore_columns, q);
+        rounded_product(
+            cpu.kernel,
+            &mut Output::of(dk, keys, dim),
+            block.rows,
+            Write::Add,
+            dscore_columns,
+            q,
+        );
         let (probability, dout) = (Operand::columns(probability, keys), query.rows(dout, block.first));
-        product(cpu.kernel, &mut Output::of(dv, keys, dim), block.rows, 1.0, Write::Add, probability, dout);
+        rounded_product(
+            cpu.kernel,
+            &mut Output::of(dv, keys, dim),
+            block.rows,
+            Write::Add,
+            probability,
+            dout,
+        );
     });
 }

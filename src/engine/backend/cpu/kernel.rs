@@ -22,6 +22,9 @@ enum Set {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AMX where factors may be rounded to bfloat16, AVX-512 where not.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 /// One product: c (rows, cols) = or += scale * a (rows, depth) · b (depth, cols). Distances in values.
@@ -59,6 +62,7 @@ impl Kernel {
                 && is_x86_feature_detected!("avx512bw");
             sets.extend(avx2.then_some(Set::Avx2));
             sets.extend(avx512.then_some(Set::Avx512));
+            sets.extend((avx512 && super::amx::is_here()).then_some(Set::Amx));
         }
         sets.into_iter().map(Self).collect()
     }
@@ -94,32 +98,40 @@ impl Kernel {
             Set::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
-        }
-    }
-
-    /// What the bits of a product depend on. Fused multiply-adds give the same on eight lanes and on sixteen:
-    /// every value is its own chain of them.
-    pub(super) fn arithmetic(self) -> &'static str {
-        match self.0 {
-            Set::Portable if cfg!(target_arch = "aarch64") => "neon-f32",
-            Set::Portable => "portable-f32",
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 | Set::Avx512 => "fma-f32",
+            Set::Amx => "amx",
         }
     }
 
-    /// Whether few rows want two panels side by side to keep enough sums in flight.
+    /// The numerics class: what the bits of a product depend on. Fused multiply-adds give the same on eight lanes
+    /// and on sixteen, for every value is its own chain of them. The number counts the orders of sums there have
+    /// been: raise it with every change of bits, for cached results are kept by it.
+    pub(super) fn numerics(self) -> &'static str {
+        match self.0 {
+            Set::Portable if cfg!(target_arch = "aarch64") => "neon-f32.2",
+            Set::Portable => "portable-f32.2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 | Set::Avx512 => "fma-f32.2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx => "amx-bf16.1",
+        }
+    }
+
+    /// Whether products have registers of sixteen lanes, which few rows fill with two panels side by side only.
     pub(super) fn is_wide(self) -> bool {
+        self.rounds() || self.name() == "avx512"
+    }
+
+    /// Whether products whose factors may be rounded to bfloat16 are to be AMX's.
+    pub(super) fn rounds(self) -> bool {
         match self.0 {
-            Set::Portable => false,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => false,
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => true,
+            Set::Amx => true,
+            _ => false,
         }
     }
 
-    /// Computes `product`.
+    /// Computes `product` in f32.
     ///
     /// # Safety
     /// All its pointers and distances must be in bounds, c exclusively held, and every panel of b sixteen wide.
@@ -133,7 +145,7 @@ impl Kernel {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as promised by the caller; a kernel exists only where its instructions do.
-            Set::Avx512 => unsafe { avx512(product) },
+            Set::Avx512 | Set::Amx => unsafe { avx512(product) },
             // SAFETY: as above.
             _ => unsafe { self.run(Multiply(product)) },
         }
@@ -165,7 +177,7 @@ impl Kernel {
             Set::Avx2 => unsafe { avx2(work) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Set::Avx512 => unsafe { avx512(work) },
+            Set::Avx512 | Set::Amx => unsafe { avx512(work) },
         }
     }
 }

@@ -67,8 +67,14 @@ fn run(
     };
     let tokens = x.len() / k;
     assert!(x.len() == tokens * k && y.len() == tokens * n, "BUG: shape of a linear layer");
+    #[cfg(target_arch = "x86_64")]
+    if cpu.kernel.rounds() {
+        // SAFETY: a kernel exists only where its instructions do.
+        return unsafe { super::amx::linear::run(cpu, y, x, (weight, part.start), side, (n, k), write) };
+    }
     let y = Shared::new(y);
-    let thin = if side == Side::Rows { gemv::outputs(weight, tokens) } else { 0 };
+    let whole = side == Side::Rows && part.len() == weight.rows;
+    let thin = if whole { gemv::outputs(weight, tokens) } else { 0 };
     if thin > 0 {
         gemv::forward(cpu, y, x, weight, write);
     }

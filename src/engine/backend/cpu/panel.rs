@@ -6,6 +6,8 @@ use std::ops::Range;
 
 use super::kernel::{Kernel, PANEL, Work};
 use super::vector::{Code, LANES, Vector};
+#[cfg(target_arch = "x86_64")]
+use super::vector::{Lanes, Zmm};
 use crate::matrix::{Matrix, Values};
 use crate::quant;
 
@@ -42,37 +44,44 @@ pub(super) fn decode(
     };
     assert!(rows_end <= weight.rows && cols_end <= weight.cols, "BUG: panels beyond the weight");
     assert!(out.len() >= size(cols.len(), depth.len()), "BUG: no room for panels");
-    let values = weight.rows * weight.cols;
     let in_row = if side == Side::Rows { &depth } else { &cols };
     if [weight.cols, in_row.start, in_row.len()].iter().any(|number| !number.is_multiple_of(LANES)) {
         return ragged(weight, side, cols, depth, out);
     }
-    macro_rules! pack {
-        ($encoding:expr) => {{
-            let (encoding, stride) = ($encoding, weight.cols);
-            // SAFETY: the block is within the matrix, whose values are all there, as each arm asserts; runs of
-            // eight do not cross a row's end, for a row is a multiple of eight.
-            unsafe { kernel.run(Pack { encoding, stride, side, cols, depth, out }) }
-        }};
-    }
-    match &weight.values {
-        Values::F32(bytes) => {
-            assert!(bytes.as_slice().len() >= values * 4, "BUG: a weight lacks values");
-            pack!(F32Bytes(bytes.as_slice().as_ptr()));
-        }
-        Values::Bf16(bytes) => {
-            assert!(bytes.as_slice().len() >= values * 2, "BUG: a weight lacks values");
-            pack!(Bf16(bytes.as_slice().as_ptr()));
-        }
-        Values::F16(bytes) => {
-            assert!(bytes.as_slice().len() >= values * 2, "BUG: a weight lacks values");
-            pack!(F16(bytes.as_slice().as_ptr()));
-        }
-        Values::Nf4(nf4) => {
-            let packed = nf4.packed.as_slice();
-            assert!(packed.len() * 2 >= values, "BUG: a weight lacks codes");
-            assert!(nf4.absmax.len() * quant::BLOCK >= values, "BUG: a weight lacks scales");
-            pack!(Nf4(packed.as_ptr(), nf4.absmax.as_ptr()));
+    // SAFETY: the block is within the matrix; runs of eight do not cross a row's end, for a row is a multiple of
+    // eight.
+    unsafe { visit(weight, (kernel, Pack { encoding: (), stride: weight.cols, side, cols, depth, out })) }
+}
+
+/// What is to be done with the values of a matrix, whatever their encoding.
+pub(super) trait Visitor {
+    /// # Safety
+    /// As the implementor says.
+    unsafe fn visit<E: Encoding>(self, encoding: E);
+}
+
+/// Hands `visitor` the encoding of `weight`, whose values are all there, as each arm asserts.
+///
+/// # Safety
+/// What `visitor` asks for besides.
+pub(super) unsafe fn visit(weight: &Matrix, visitor: impl Visitor) {
+    let values = weight.rows * weight.cols;
+    let checked = |bytes: &[u8], size: usize| {
+        assert!(bytes.len() >= values * size, "BUG: a weight lacks values");
+        bytes.as_ptr()
+    };
+    // SAFETY: passed on.
+    unsafe {
+        match &weight.values {
+            Values::F32(bytes) => visitor.visit(F32Bytes(checked(bytes.as_slice(), 4))),
+            Values::Bf16(bytes) => visitor.visit(Bf16(checked(bytes.as_slice(), 2))),
+            Values::F16(bytes) => visitor.visit(F16(checked(bytes.as_slice(), 2))),
+            Values::Nf4(nf4) => {
+                let packed = nf4.packed.as_slice();
+                assert!(packed.len() * 2 >= values, "BUG: a weight lacks codes");
+                assert!(nf4.absmax.len() * quant::BLOCK >= values, "BUG: a weight lacks scales");
+                visitor.visit(Nf4(packed.as_ptr(), nf4.absmax.as_ptr()));
+            }
         }
     }
 }
@@ -124,10 +133,16 @@ fn ragged(weight: &Matrix, side: Side, cols: Range<usize>, depth: Range<usize>, 
 }
 
 /// Reads eight values at a time.
-trait Encoding: Copy {
+pub(super) trait Encoding: Copy {
     /// # Safety
     /// The values `at..at + 8` must exist; `at` is a multiple of eight for the encodings of a [`Matrix`].
     unsafe fn load<V: Vector>(self, at: usize) -> V;
+
+    /// # Safety
+    /// The values `at..at + 16` must exist, `at` be a multiple of sixteen for the encodings of a [`Matrix`], and the
+    /// CPU have AVX-512 with VBMI.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load_wide(self, at: usize) -> Zmm;
 
     /// Where the value `at` is stored, if it exists.
     fn place(self, at: usize) -> *const u8;
@@ -150,7 +165,7 @@ trait Encoding: Copy {
 }
 
 #[derive(Clone, Copy)]
-struct F32(*const f32);
+pub(super) struct F32(pub(super) *const f32);
 #[derive(Clone, Copy)]
 struct F32Bytes(*const u8);
 #[derive(Clone, Copy)]
@@ -171,6 +186,13 @@ impl Encoding for F32 {
         self.0.wrapping_add(at).cast()
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_wide(self, at: usize) -> Zmm {
+        // SAFETY: passed on.
+        unsafe { Zmm::load(self.0.add(at)) }
+    }
+
     #[inline(always)]
     unsafe fn load<V: Vector>(self, at: usize) -> V {
         // SAFETY: passed on.
@@ -182,6 +204,13 @@ impl Encoding for F32Bytes {
     #[inline(always)]
     fn place(self, at: usize) -> *const u8 {
         self.0.wrapping_add(4 * at)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_wide(self, at: usize) -> Zmm {
+        // SAFETY: passed on; x86 is little-endian.
+        unsafe { Zmm::load(self.0.add(4 * at).cast()) }
     }
 
     #[inline(always)]
@@ -197,6 +226,13 @@ impl Encoding for Bf16 {
         self.0.wrapping_add(2 * at)
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_wide(self, at: usize) -> Zmm {
+        // SAFETY: passed on.
+        unsafe { Zmm::load_bf16(self.0.add(2 * at)) }
+    }
+
     #[inline(always)]
     unsafe fn load<V: Vector>(self, at: usize) -> V {
         // SAFETY: passed on.
@@ -210,6 +246,13 @@ impl Encoding for F16 {
         self.0.wrapping_add(2 * at)
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_wide(self, at: usize) -> Zmm {
+        // SAFETY: passed on.
+        unsafe { Zmm::load_f16(self.0.add(2 * at)) }
+    }
+
     #[inline(always)]
     unsafe fn load<V: Vector>(self, at: usize) -> V {
         // SAFETY: passed on.
@@ -221,6 +264,15 @@ impl Encoding for Nf4 {
     #[inline(always)]
     fn place(self, at: usize) -> *const u8 {
         self.0.wrapping_add(at / 2)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_wide(self, at: usize) -> Zmm {
+        // SAFETY: passed on; sixteen values from a multiple of sixteen share a block of 64.
+        unsafe {
+            Zmm::load_codes(self.0.add(at / 2), &quant::CODE).mul(Zmm::splat(*self.1.add(at / quant::BLOCK)))
+        }
     }
 
     #[inline(always)]
@@ -263,6 +315,14 @@ struct Pack<'a, E> {
     cols: Range<usize>,
     depth: Range<usize>,
     out: &'a mut [f32],
+}
+
+impl Visitor for (Kernel, Pack<'_, ()>) {
+    unsafe fn visit<E: Encoding>(self, encoding: E) {
+        let (kernel, Pack { stride, side, cols, depth, out, .. }) = self;
+        // SAFETY: passed on.
+        unsafe { kernel.run(Pack { encoding, stride, side, cols, depth, out }) }
+    }
 }
 
 impl<E: Encoding> Work for Pack<'_, E> {

@@ -69,6 +69,12 @@ impl<'a> Output<'a> {
         Output { pointer, cols: range.len(), ..*self }
     }
 
+    /// Rows, columns, values from row to row, and where the first is.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn parts(&mut self) -> (usize, usize, usize, *mut f32) {
+        (self.rows, self.cols, self.stride, self.pointer)
+    }
+
     /// The first `rows * cols` values of `values`.
     pub(super) fn of(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
         let shared = Shared::new(values);
@@ -101,7 +107,7 @@ impl<'a> Operand<'a> {
         Self { values: &self.values[skipped..], ..self }
     }
 
-    fn check(&self, rows: usize, cols: usize) {
+    pub(super) fn check(&self, rows: usize, cols: usize) {
         let last = (rows - 1) * self.row + (cols - 1) * self.col;
         assert!(last < self.values.len(), "BUG: operand of a product too short");
     }
@@ -154,6 +160,24 @@ pub(super) fn product(
             });
         }
     }
+}
+
+/// c (m,n) = or += a (m,k) · b (k,n), where the factors may be rounded to bfloat16 if the instruction set multiplies
+/// those.
+pub(super) fn rounded_product(
+    kernel: Kernel,
+    c: &mut Output<'_>,
+    depth: usize,
+    write: Write,
+    a: Operand<'_>,
+    b: Operand<'_>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if kernel.rounds() {
+        // SAFETY: a kernel exists only where its instructions do.
+        return unsafe { super::amx::product(c, depth, write, a, b) };
+    }
+    product(kernel, c, depth, 1.0, write, a, b);
 }
 
 /// c (m,n) = or += scale * a (m,k) · b (k,n) in one sweep.

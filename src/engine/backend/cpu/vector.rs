@@ -250,7 +250,10 @@ mod avx2 {
     ) -> [__m128i; 16] {
         // SAFETY: passed on; the CPU has AVX2, says the module.
         unsafe {
-            let mut bytes = order.map(|row| _mm_loadu_si128(from.add(row * stride).cast()));
+            let mut bytes = [_mm_setzero_si128(); 16];
+            for row in 0..16 {
+                bytes[row] = _mm_loadu_si128(from.add(order[row] * stride).cast());
+            }
             // Rows i and i + 8 side by side, four times over, is a transposition.
             for _ in 0..4 {
                 let rows = bytes;

@@ -226,3 +226,37 @@ fn bad_value_is_named() {
     let ModelError::NotFinite { name } = error else { panic!("{error}") };
     assert_eq!(name, "model.layers.1.self_attn.v_proj");
 }
+
+/// How far the logits, the last hidden states and all gradients together are off, the last by their distance.
+fn errors(family: &str, device: &Compute) -> [(&'static str, f64); 3] {
+    let (golden, lora) =
+        (Golden::open(family, "golden.safetensors"), Golden::open(family, "lora.safetensors"));
+    let (model, mut workspace) = (model(family, device), Workspace::default());
+    let hidden = model.hidden_states(None, &pack(), &mut workspace).unwrap();
+    let last = golden.f32(&format!("hidden.{}", hidden.len() - 1));
+    let rows: Vec<usize> = (0..LENGTHS.iter().sum()).collect();
+    let logits = model.logits(None, &pack(), &rows, &mut workspace).unwrap();
+    let (_, gradients) = gradients(&model, &adapter(family, &model, false));
+    let squares = gradients.tensors().flat_map(|(name, values)| {
+        let expected = lora.f32(&format!("grad0.{name}"));
+        values.iter().zip(expected).map(|(got, want)| f64::from(got - want).powi(2)).collect::<Vec<_>>()
+    });
+    [
+        ("logits", worst(&logits, &unpadded(&golden.f32("logits"))).into()),
+        ("hidden states", worst(hidden.last().unwrap(), &unpadded(&last)).into()),
+        ("gradients", squares.sum::<f64>().sqrt()),
+    ]
+}
+
+#[test]
+fn rounded_factors_err_at_most_twice_as_far_as_naively_rounded_ones() {
+    if !crate::backend::numerics(BackendKind::Cpu).contains("bf16") {
+        return eprintln!("skipped: products are in f32 here");
+    }
+    for family in GOLDEN {
+        let (got, naive) = (errors(family, &FASTEST), errors(family, &NAIVE));
+        for ((what, got), (_, naive)) in got.into_iter().zip(naive) {
+            assert!(got <= 2.0 * naive, "{family}: {what} are off by {got}, naively rounded by {naive}");
+        }
+    }
+}

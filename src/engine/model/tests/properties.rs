@@ -259,7 +259,7 @@ fn thread_count_changes_no_bit() {
     for family in odd_configs() {
         let results: Vec<(u64, Vec<u32>)> = [1, 2, 3]
             .map(|threads| {
-                let model = random_model(&family, Stored::Nf4, &Compute { threads, ..CPU });
+                let model = random_model(&family, Stored::Nf4, &Compute { threads, ..FASTEST });
                 let packs = [packed(&sequences), model.pack(&slices(&sequences))];
                 let (nll, gradients) = run(&model, &busy_adapter(&model, 3), &packs);
                 (nll.to_bits(), flat(&gradients).into_iter().map(f32::to_bits).collect())

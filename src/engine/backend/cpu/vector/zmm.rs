@@ -8,7 +8,7 @@ use super::{Code, Lanes};
 
 /// One register.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Zmm(__m512);
+pub(in super::super) struct Zmm(pub(in super::super) __m512);
 
 /// Each is one instruction; see [`Lanes`] for who may call.
 impl Lanes for Zmm {
@@ -50,6 +50,55 @@ impl Lanes for Zmm {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
 }
+
+/// Sixteen encoded values; as of [`super::Vector`], where the CPU has AVX-512 with VBMI.
+impl Zmm {
+    /// # Safety
+    /// Sixteen little-endian bfloat16 must be there.
+    #[inline(always)]
+    pub(in super::super) unsafe fn load_bf16(from: *const u8) -> Self {
+        // SAFETY: as the caller says.
+        unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)))
+        }
+    }
+
+    /// # Safety
+    /// Sixteen little-endian IEEE halves must be there.
+    #[inline(always)]
+    pub(in super::super) unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: as the caller says.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+    }
+
+    /// The values of `code` that sixteen 4-bit indices name, two a byte, the first in the high nibble.
+    ///
+    /// # Safety
+    /// Eight bytes of indices must be there.
+    #[inline(always)]
+    pub(in super::super) unsafe fn load_codes(from: *const u8, code: &[f32; 16]) -> Self {
+        // SAFETY: as the caller says. All bytes go to every pair of lanes, which shifts its own two indices down;
+        // a permutation looks at the lowest four bits of each only.
+        unsafe {
+            let bytes = _mm512_set1_epi64(from.cast::<i64>().read_unaligned());
+            let shifts = _mm512_loadu_si512(SHIFTS.as_ptr().cast());
+            let indices = _mm512_multishift_epi64_epi8(shifts, bytes);
+            Self(_mm512_permutexvar_ps(indices, _mm512_loadu_ps(code.as_ptr())))
+        }
+    }
+}
+
+/// Where in eight bytes the index of each lane begins, in bits; in the first byte of the lane.
+static SHIFTS: [u32; 16] = {
+    let mut shifts = [0; 16];
+    let mut lane = 0;
+    while lane < 16 {
+        shifts[lane] = 4 * (lane as u32 ^ 1);
+        lane += 1;
+    }
+    shifts
+};
 
 /// As [`super::Vector::codes_transposed`]: indices are transposed while they are bytes and then name values of a
 /// table that one register holds.
