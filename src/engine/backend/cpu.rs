@@ -49,7 +49,7 @@ pub struct Cpu {
 /// The numerics class of the products on this machine. The number counts the orders of sums there have been:
 /// raise it with every change of bits, for cached results are kept by it.
 pub(super) fn numerics() -> String {
-    format!("{}-f32.2", Kernel::best().name())
+    format!("{}-f32.3", Kernel::best().name())
 }
 
 impl Cpu {
