@@ -34,7 +34,7 @@ pub trait StageKind: Sync {
     fn sources(&self, _with: &Value) -> Vec<SourceSpec> {
         Vec::new()
     }
-    /// The numerics class (`cpu:fma-f32.2`) where results depend on the kernel path; part of the key.
+    /// The numerics class (`cpu:fma-f32.3`) where results depend on the kernel path; part of the key.
     fn numerics(&self, _with: &Value) -> Option<String> {
         None
     }

@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::product::{Operand, Output};
+use super::product::Output;
 use super::{Write, scratch};
 
 pub(super) mod linear;
@@ -294,29 +294,4 @@ unsafe fn part(
             std::ptr::copy_nonoverlapping(whole.add(row * BLOCK), c.add(row * stride), cols);
         }
     }
-}
-
-/// c (m,n) = or += a (m,k) · b (k,n), packed here and now on this thread.
-///
-/// # Safety
-/// [`is_here`] must have said so.
-pub(super) unsafe fn product(c: &mut Output<'_>, depth: usize, write: Write, a: Operand<'_>, b: Operand<'_>) {
-    let (rows, cols, ..) = c.parts();
-    if rows == 0 || cols == 0 {
-        return;
-    }
-    assert!(depth > 0, "BUG: product of depth 0");
-    a.check(rows, depth);
-    b.check(depth, cols);
-    let left_bytes = size(rows, depth);
-    lend(left_bytes + size(cols, depth), |bytes| {
-        let (left, right) = bytes.split_at_mut(left_bytes);
-        // SAFETY: passed on; both operands were checked.
-        unsafe {
-            pack(Factor::Left, a, rows, depth, left);
-            let transposed = Operand { row: b.col, col: b.row, ..b };
-            pack(Factor::Right, transposed, cols, depth, right);
-            multiply(&Tiles::new(), c, (left, right), depth, write);
-        }
-    });
 }

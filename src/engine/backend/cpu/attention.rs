@@ -1,18 +1,29 @@
-//! Causal attention with grouped heads over spans. A task is one (span, head, block of queries) forward and
-//! one (span, head) backward; scores of a block of queries against all keys it sees stand in scratch. Where
-//! these begin in a prefix, the block's keys and values are copied together first. The backward writes keys' and
-//! values' gradients per query head and span and then adds those of each row in order.
+//! Causal attention with grouped heads over spans. Forward, a task is a block of queries of one span with the heads
+//! that share its keys and values, which are packed once for all of them; the scores of a strip of queries against
+//! all keys it sees stand in scratch. Sums over keys are cut at multiples of the same number of positions, so that a
+//! query's result is the same however queries are blocked. Backward: see `backward`.
 
-use super::product::{Operand, Output, Shared, rounded_product};
 use std::ops::Range;
 
+use super::product::{Operand, Output, Packed, SWEEP, Shared};
 use super::{
-    AttentionGradient, AttentionSaved, AttentionShape, Cpu, LogitMap, TASK_ROWS, Write, rows, scratch,
+    AttentionGradient, AttentionSaved, AttentionShape, Cpu, LogitMap, TASK_ROWS, Write, panel, rows, scratch,
 };
 use crate::backend::Span;
 
-/// Queries whose scores are in scratch at once.
-const BLOCK: usize = 64;
+mod backward;
+
+pub(super) use backward::backward;
+
+/// Queries of a block.
+const BLOCK: usize = 96;
+/// Queries whose scores are computed together, up to the last key that any of them sees.
+const STRIP: usize = 24;
+
+/// Values from one row of scores to the next: an odd number of cache lines, so that rows do not evict each other.
+fn stride(keys: usize) -> usize {
+    keys.next_multiple_of(32) + 16
+}
 
 /// Where the rows of one head begin and how far apart they lie.
 #[derive(Clone, Copy)]
@@ -49,11 +60,6 @@ struct Block {
     visible: usize,
     /// The position of the first key seen.
     key_start: usize,
-    /// The prefix's keys that are seen: their number, and the first one's row.
-    prefix_keys: usize,
-    prefix_first: usize,
-    /// The row of the first other key seen.
-    key_first: usize,
 }
 
 impl Block {
@@ -61,20 +67,12 @@ impl Block {
         let start = index * BLOCK;
         let rows = BLOCK.min(span.queries.len() - start);
         let visible = span.past() + start + 1;
-        let key_start = shape.seen(visible).start;
-        Self {
-            first: span.queries.start + start,
-            rows,
-            visible,
-            key_start,
-            prefix_keys: span.prefix.len().saturating_sub(key_start),
-            prefix_first: span.prefix.start + key_start,
-            key_first: span.key_row(key_start.max(span.prefix.len())),
-        }
+        Self { first: span.queries.start + start, rows, visible, key_start: shape.seen(visible).start }
     }
 
-    fn keys(&self) -> usize {
-        self.visible + self.rows - 1 - self.key_start
+    /// Positions of the keys.
+    fn keys(&self) -> Range<usize> {
+        self.key_start..self.visible + self.rows - 1
     }
 
     /// The keys that row `i` sees, counted from the block's first.
@@ -82,32 +80,31 @@ impl Block {
         let seen = shape.seen(self.visible + i);
         seen.start - self.key_start..seen.end - self.key_start
     }
+}
 
-    /// Values to lend to [`Block::rows_of`].
-    fn joined_len(&self, head_dim: usize) -> usize {
-        if self.prefix_keys == 0 { 0 } else { self.keys() * head_dim }
+/// The rows (keys, D) at these positions of a span of one head of k or v; `joined` holds them where they do not
+/// follow each other.
+fn key_rows<'a>(
+    values: &'a [f32],
+    key: HeadAt,
+    span: &Span,
+    positions: Range<usize>,
+    joined: &'a mut [f32],
+    head_dim: usize,
+) -> Operand<'a> {
+    if !crosses(span, &positions) {
+        return key.rows(values, span.key_row(positions.start));
     }
+    for (position, joined) in positions.zip(joined.chunks_exact_mut(head_dim)) {
+        let at = key.row(span.key_row(position));
+        joined.copy_from_slice(&values[at..at + head_dim]);
+    }
+    Operand::rows(joined, head_dim)
+}
 
-    /// The rows (keys, D) of one head of k or v that the block sees; `joined` holds them where they do not follow
-    /// each other.
-    fn rows_of<'a>(
-        &self,
-        values: &'a [f32],
-        key: HeadAt,
-        joined: &'a mut [f32],
-        head_dim: usize,
-    ) -> Operand<'a> {
-        if self.prefix_keys == 0 {
-            return key.rows(values, self.key_first);
-        }
-        let own = self.keys() - self.prefix_keys;
-        let prefix = self.prefix_first..self.prefix_first + self.prefix_keys;
-        let rows = prefix.chain(self.key_first..self.key_first + own);
-        for (row, joined) in rows.zip(joined.chunks_exact_mut(head_dim)) {
-            joined.copy_from_slice(&values[key.row(row)..key.row(row) + head_dim]);
-        }
-        Operand::rows(joined, head_dim)
-    }
+/// Whether keys at these positions lie both in the prefix and behind it.
+fn crosses(span: &Span, positions: &Range<usize>) -> bool {
+    positions.start < span.prefix.len() && span.prefix.len() < positions.end
 }
 
 /// The rows of an operand as columns.
@@ -120,10 +117,6 @@ fn capped(shape: &AttentionShape<'_>) -> Option<LogitMap> {
     shape.softcap.map(|cap| LogitMap { scale: shape.scale, softcap: Some(cap) })
 }
 
-fn blocks(span: &Span) -> usize {
-    span.queries.len().div_ceil(BLOCK)
-}
-
 /// out = softmax(q kᵀ * scale, causal) v; saves log-sum-exp.
 pub(super) fn forward(
     cpu: &Cpu,
@@ -134,45 +127,73 @@ pub(super) fn forward(
     v: &[f32],
     shape: &AttentionShape<'_>,
 ) {
-    let tasks: Vec<(usize, Block)> = shape
+    let blocks = |span: &Span| (0..span.queries.len().div_ceil(BLOCK)).rev();
+    let tasks: Vec<(usize, &Span, Block)> = shape
         .spans
         .iter()
-        .flat_map(|span| (0..blocks(span)).rev().map(move |index| Block::of(span, index, shape)))
-        .flat_map(|block| (0..shape.heads).map(move |head| (head, block)))
+        .flat_map(|span| blocks(span).map(move |index| (span, Block::of(span, index, shape))))
+        .flat_map(|(span, block)| (0..shape.kv_heads).map(move |kv_head| (kv_head, span, block)))
         .collect();
     let (out, logsumexp) = (Shared::new(out), Shared::new(logsumexp));
+    let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
     cpu.run(tasks.len(), |task| {
-        let (head, block) = tasks[task];
-        let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
-        let (size, joined) = (block.rows * block.keys(), block.joined_len(shape.head_dim));
-        scratch::with(size + 2 * joined, |lent| {
-            let (scores, lent) = lent.split_at_mut(size);
+        let (kv_head, span, block) = tasks[task];
+        let (positions, key) = (block.keys(), HeadAt::key(shape, kv_head * group));
+        let keys = positions.len();
+        let joined = if crosses(span, &positions) { keys * dim } else { 0 };
+        let sizes = [panel::size(keys, dim), panel::size(dim, keys), STRIP * stride(keys), 2 * joined];
+        scratch::with(sizes.iter().sum(), |lent| {
+            let (k_panels, lent) = lent.split_at_mut(sizes[0]);
+            let (v_panels, lent) = lent.split_at_mut(sizes[1]);
+            let (scores, lent) = lent.split_at_mut(sizes[2]);
             let (k_joined, v_joined) = lent.split_at_mut(joined);
-            let k = block.rows_of(k, key, k_joined, shape.head_dim);
-            let v = block.rows_of(v, key, v_joined, shape.head_dim);
-            scores_of(cpu, scores, &block, query.rows(q, block.first), k, shape.head_dim);
-            let scale = cap_scores(scores, shape);
-            for (i, row) in scores.chunks_exact_mut(block.keys()).enumerate() {
-                let seen = block.seen(i, shape);
-                let sum = rows::softmax(row, seen.start, seen.end, scale);
-                let at = (block.first + i) * shape.heads + head;
-                // SAFETY: one task per row and head.
-                let saved = unsafe { logsumexp.slice(at..at + 1) };
-                saved[0] = sum;
+            let k = transposed(key_rows(k, key, span, positions.clone(), k_joined, dim));
+            let v = key_rows(v, key, span, positions.clone(), v_joined, dim);
+            let k = Packed::new(cpu.kernel, k, (keys, dim), 0, k_panels);
+            let v = Packed::new(cpu.kernel, v, (dim, keys), positions.start % SWEEP, v_panels);
+            for head in kv_head * group..(kv_head + 1) * group {
+                for start in (0..block.rows).step_by(STRIP) {
+                    let strip = start..block.rows.min(start + STRIP);
+                    let query = HeadAt::query(shape, head);
+                    let at = query.row(block.first + strip.start);
+                    // SAFETY: one task per block of rows and head.
+                    let mut out = unsafe { out.block(at, strip.len(), dim, query.stride) };
+                    let q = Operand::rows(&q[at..], query.stride);
+                    let save = |row: usize, sum| {
+                        let at = (block.first + row) * shape.heads + head;
+                        // SAFETY: as above.
+                        unsafe { logsumexp.slice(at..at + 1) }.fill(sum);
+                    };
+                    forward_strip(cpu, &mut out, save, (q, &k, &v), scores, (block, strip), shape);
+                }
             }
-            let at = query.row(block.first);
-            // SAFETY: one task per block of rows and head.
-            let mut out = unsafe { out.block(at, block.rows, shape.head_dim, query.stride) };
-            let scores = Operand::rows(scores, block.keys());
-            rounded_product(cpu.kernel, &mut out, block.keys(), Write::Overwrite, scores, v);
         });
     });
 }
 
-/// scores (rows, keys) = q · kᵀ of a block.
-fn scores_of(cpu: &Cpu, scores: &mut [f32], block: &Block, q: Operand<'_>, k: Operand<'_>, head_dim: usize) {
-    let mut out = Output::of(scores, block.rows, block.keys());
-    rounded_product(cpu.kernel, &mut out, head_dim, Write::Overwrite, q, transposed(k));
+/// out (rows,D) of one strip of a block, and the log-sum-exp of each row.
+fn forward_strip(
+    cpu: &Cpu,
+    out: &mut Output<'_>,
+    mut save: impl FnMut(usize, f32),
+    (q, k, v): (Operand<'_>, &Packed<'_>, &Packed<'_>),
+    scores: &mut [f32],
+    (block, strip): (Block, Range<usize>),
+    shape: &AttentionShape<'_>,
+) {
+    let seen = block.seen(strip.start, shape).start..block.seen(strip.end - 1, shape).end;
+    // Whole panels are written at once; what is beyond the keys is overwritten by zeros.
+    let from = seen.start / panel::WIDTH * panel::WIDTH;
+    let (width, stride) = ((seen.end - from).next_multiple_of(panel::WIDTH), stride(block.keys().len()));
+    let mut product = Output::strided(scores, strip.len(), width, stride);
+    k.multiply(cpu.kernel, &mut product, (from, 0..shape.head_dim), 1.0, Write::Overwrite, q);
+    for (row, scores) in strip.clone().zip(scores.chunks_mut(stride)) {
+        let (scores, seen) = (&mut scores[..seen.end - from], block.seen(row, shape));
+        let scale = cap_scores(scores, shape);
+        save(row, rows::softmax(scores, seen.start - from, seen.end - from, scale));
+    }
+    let scores = Operand::rows(scores, stride);
+    v.multiply(cpu.kernel, out, (0, from..seen.end), 1.0, Write::Overwrite, scores);
 }
 
 /// Caps scores that are to be capped; gives the factor that is still to be applied.
@@ -184,158 +205,4 @@ fn cap_scores(scores: &mut [f32], shape: &AttentionShape<'_>) -> f32 {
             1.0
         }
     }
-}
-
-/// dq, dk, dv; see [`crate::backend::Backend::attention_backward`].
-pub(super) fn backward(
-    cpu: &Cpu,
-    gradient: AttentionGradient<'_>,
-    dout: &[f32],
-    saved: &AttentionSaved<'_>,
-    shape: &AttentionShape<'_>,
-    scratch: &mut Vec<f32>,
-) {
-    let (dim, kv_width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let places = Places::new(shape, saved.k.len() / kv_width);
-    let size = shape.heads * places.len * dim;
-    if scratch.len() < 2 * size {
-        scratch.resize(2 * size, 0.0);
-    }
-    let (dk_heads, dv_heads) = scratch[..2 * size].split_at_mut(size);
-    let (dk_shared, dv_shared) = (Shared::new(dk_heads), Shared::new(dv_heads));
-    let dq = Shared::new(gradient.dq);
-    cpu.run(shape.spans.len() * shape.heads, |task| {
-        let (span, head) = (&shape.spans[task / shape.heads], task % shape.heads);
-        assert_eq!(span.queries, span.keys, "BUG: backward over cached keys");
-        let first = head * places.len + places.of_span[task / shape.heads];
-        let keys = first * dim..(first + span.prefix.len() + span.keys.len()) * dim;
-        // SAFETY: one task per span and head, and each writes only its own places of its own head.
-        let (dk, dv) = unsafe { (dk_shared.slice(keys.clone()), dv_shared.slice(keys)) };
-        dk.fill(0.0);
-        dv.fill(0.0);
-        for index in 0..blocks(span) {
-            let block = Block::of(span, index, shape);
-            let at = HeadAt::query(shape, head).row(block.first);
-            // SAFETY: as above.
-            let mut dq = unsafe { dq.block(at, block.rows, dim, shape.heads * dim) };
-            let keys = block.key_start * dim..;
-            let (dk, dv) = (&mut dk[keys.clone()], &mut dv[keys]);
-            block_backward(cpu, &mut dq, dk, dv, dout, saved, shape, head, &block);
-        }
-    });
-    let group = shape.heads / shape.kv_heads;
-    for (target, heads) in [(gradient.dk, &*dk_heads), (gradient.dv, &*dv_heads)] {
-        cpu.run_over(target, TASK_ROWS * kv_width, |start, rows| {
-            for (i, value) in rows.chunks_exact_mut(dim).enumerate() {
-                let (row, kv_head) = (start / kv_width + i / shape.kv_heads, i % shape.kv_heads);
-                value.fill(0.0);
-                for place in places.of_row(row, shape) {
-                    for head in kv_head * group..(kv_head + 1) * group {
-                        let at = (head * places.len + place) * dim;
-                        rows::add(value, &heads[at..at + dim]);
-                    }
-                }
-            }
-        });
-    }
-}
-
-/// Where each span's share of its keys' gradients lies before the shares of a row are added.
-struct Places {
-    /// The place of the first key, the prefix's among them, of each span.
-    of_span: Vec<usize>,
-    /// The place of each row's share of its own span.
-    own: Vec<usize>,
-    /// All places.
-    len: usize,
-}
-
-impl Places {
-    fn new(shape: &AttentionShape<'_>, tokens: usize) -> Self {
-        let mut places =
-            Self { of_span: Vec::with_capacity(shape.spans.len()), own: vec![0; tokens], len: 0 };
-        for span in shape.spans {
-            places.of_span.push(places.len);
-            places.len += span.prefix.len();
-            for row in span.keys.clone() {
-                places.own[row] = places.len;
-                places.len += 1;
-            }
-        }
-        places
-    }
-
-    /// The places of a row's shares: its own span's, then those of the spans whose prefix it is in.
-    fn of_row(&self, row: usize, shape: &AttentionShape<'_>) -> impl Iterator<Item = usize> {
-        let spans = shape.spans.iter().zip(&self.of_span);
-        let seen = spans.filter(move |(span, _)| span.prefix.contains(&row));
-        std::iter::once(self.own[row]).chain(seen.map(move |(span, first)| first + row - span.prefix.start))
-    }
-}
-
-/// dq (rows,D) of a block; adds to dk and dv of its head, which begin at the block's first key.
-fn block_backward(
-    cpu: &Cpu,
-    dq: &mut Output<'_>,
-    dk: &mut [f32],
-    dv: &mut [f32],
-    dout: &[f32],
-    saved: &AttentionSaved<'_>,
-    shape: &AttentionShape<'_>,
-    head: usize,
-    block: &Block,
-) {
-    let (dim, keys) = (shape.head_dim, block.keys());
-    let (query, key) = (HeadAt::query(shape, head), HeadAt::key(shape, head));
-    let (size, joined) = (block.rows * keys, block.joined_len(dim));
-    scratch::with(2 * size + 2 * joined, |lent| {
-        let (lent, joined_rows) = lent.split_at_mut(2 * size);
-        let (probability, dscore) = lent.split_at_mut(size);
-        let (k_joined, v_joined) = joined_rows.split_at_mut(joined);
-        let k = block.rows_of(saved.k, key, k_joined, dim);
-        let v = block.rows_of(saved.v, key, v_joined, dim);
-        scores_of(cpu, probability, block, query.rows(saved.q, block.first), k, dim);
-        scores_of(cpu, dscore, block, query.rows(dout, block.first), v, dim);
-        let scale = cap_scores(probability, shape);
-        for i in 0..block.rows {
-            let row = block.first + i;
-            let at = query.row(row);
-            let delta = rows::dot(&dout[at..at + dim], &saved.out[at..at + dim]);
-            let logsumexp = saved.logsumexp[row * shape.heads + head];
-            let probability = &mut probability[i * keys..(i + 1) * keys];
-            let dscore = &mut dscore[i * keys..(i + 1) * keys];
-            let seen = block.seen(i, shape);
-            match capped(shape) {
-                None => {
-                    rows::probabilities(probability, seen.start, seen.end, scale, logsumexp);
-                    rows::score_gradient(dscore, probability, delta, scale);
-                }
-                Some(map) => {
-                    rows::map_logits_backward(dscore, probability, delta, 1.0, map);
-                    rows::probabilities(probability, seen.start, seen.end, scale, logsumexp);
-                    rows::multiply(dscore, probability);
-                }
-            }
-        }
-        let (dscore_rows, dscore_columns) = (Operand::rows(dscore, keys), Operand::columns(dscore, keys));
-        rounded_product(cpu.kernel, dq, keys, Write::Overwrite, dscore_rows, k);
-        let q = query.rows(saved.q, block.first);
-        rounded_product(
-            cpu.kernel,
-            &mut Output::of(dk, keys, dim),
-            block.rows,
-            Write::Add,
-            dscore_columns,
-            q,
-        );
-        let (probability, dout) = (Operand::columns(probability, keys), query.rows(dout, block.first));
-        rounded_product(
-            cpu.kernel,
-            &mut Output::of(dv, keys, dim),
-            block.rows,
-            Write::Add,
-            probability,
-            dout,
-        );
-    });
 }

@@ -139,7 +139,7 @@ fn differentiate(
         let of_rows = sums.iter().zip(targets).skip(start / width);
         for (logits, (sum, &target)) in logits.chunks_exact_mut(width).zip(of_rows) {
             let gradient = |logits: &mut [f32]| {
-                rows::probabilities(logits, 0, width, 1.0, sum.logsumexp() as f32);
+                rows::probabilities(logits, 1.0, sum.logsumexp() as f32);
                 if let Some(logit) = (target as usize).checked_sub(first).and_then(|at| logits.get_mut(at)) {
                     *logit -= 1.0;
                 }

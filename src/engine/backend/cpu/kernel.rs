@@ -108,10 +108,10 @@ impl Kernel {
     /// been: raise it with every change of bits, for cached results are kept by it.
     pub(super) fn numerics(self) -> &'static str {
         match self.0 {
-            Set::Portable if cfg!(target_arch = "aarch64") => "neon-f32.2",
-            Set::Portable => "portable-f32.2",
+            Set::Portable if cfg!(target_arch = "aarch64") => "neon-f32.3",
+            Set::Portable => "portable-f32.3",
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 | Set::Avx512 => "fma-f32.2",
+            Set::Avx2 | Set::Avx512 => "fma-f32.3",
             #[cfg(target_arch = "x86_64")]
             Set::Amx => "amx-bf16.1",
         }

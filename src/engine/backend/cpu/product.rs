@@ -75,11 +75,16 @@ impl<'a> Output<'a> {
         (self.rows, self.cols, self.stride, self.pointer)
     }
 
-    /// The first `rows * cols` values of `values`.
-    pub(super) fn of(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
+    /// The first `cols` of every `stride` values.
+    pub(super) fn strided(values: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
         let shared = Shared::new(values);
         // SAFETY: `values` is borrowed mutably for the life of the block.
-        unsafe { shared.block(0, rows, cols, cols) }
+        unsafe { shared.block(0, rows, cols, stride) }
+    }
+
+    /// The first `rows * cols` values of `values`.
+    pub(super) fn of(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(values, rows, cols, cols)
     }
 }
 
@@ -130,6 +135,64 @@ impl<'a> Panels<'a> {
     }
 }
 
+/// A right factor (depth, cols) packed once for many products.
+pub(super) struct Packed<'a> {
+    values: &'a [f32],
+    cols: usize,
+    depth: usize,
+    /// Steps that its first sweep lacks: sums are then cut into sweeps as if those had been zeros.
+    skipped: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// Packs `b` into `out`, which has room for [`panel::size`] values.
+    pub(super) fn new(
+        kernel: Kernel,
+        b: Operand<'_>,
+        (cols, depth): (usize, usize),
+        skipped: usize,
+        out: &'a mut [f32],
+    ) -> Self {
+        b.check(depth, cols);
+        let width = cols.next_multiple_of(PANEL);
+        let mut start = 0;
+        while start < depth {
+            let steps = (SWEEP - (skipped + start) % SWEEP).min(depth - start);
+            let out = &mut out[width * start..width * (start + steps)];
+            panel::pack(kernel, &b.values[start * b.row..], (b.col, b.row), (cols, steps), out);
+            start += steps;
+        }
+        Self { values: out, cols, depth, skipped }
+    }
+
+    /// c (m,n) = or += scale * a (m, steps) · the columns from `first` on, a multiple of sixteen, of these steps.
+    pub(super) fn multiply(
+        &self,
+        kernel: Kernel,
+        c: &mut Output<'_>,
+        (first, steps): (usize, Range<usize>),
+        scale: f32,
+        write: Write,
+        a: Operand<'_>,
+    ) {
+        let width = self.cols.next_multiple_of(PANEL);
+        assert!(first.is_multiple_of(PANEL) && first + c.cols <= width, "BUG: columns beyond the factor");
+        assert!(!steps.is_empty() && steps.end <= self.depth, "BUG: steps beyond the factor");
+        let mut start = steps.start;
+        while start < steps.end {
+            let in_sweep = (self.skipped + start) % SWEEP;
+            let sweep = start - in_sweep.min(start);
+            let whole = (SWEEP - (self.skipped + sweep) % SWEEP).min(self.depth - sweep);
+            let end = (sweep + whole).min(steps.end);
+            let at = width * sweep + first * whole + PANEL * (start - sweep);
+            let panels = Panels { values: &self.values[at..], step: PANEL, panel: PANEL * whole };
+            let write = if start == steps.start { write } else { Write::Add };
+            multiply(kernel, c, end - start, scale, write, a.from((start - steps.start) * a.col), panels);
+            start = end;
+        }
+    }
+}
+
 /// c (m,n) = or += scale * a (m,k) · b (k,n).
 pub(super) fn product(
     kernel: Kernel,
@@ -160,24 +223,6 @@ pub(super) fn product(
             });
         }
     }
-}
-
-/// c (m,n) = or += a (m,k) · b (k,n), where the factors may be rounded to bfloat16 if the instruction set multiplies
-/// those.
-pub(super) fn rounded_product(
-    kernel: Kernel,
-    c: &mut Output<'_>,
-    depth: usize,
-    write: Write,
-    a: Operand<'_>,
-    b: Operand<'_>,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if kernel.rounds() {
-        // SAFETY: a kernel exists only where its instructions do.
-        return unsafe { super::amx::product(c, depth, write, a, b) };
-    }
-    product(kernel, c, depth, 1.0, write, a, b);
 }
 
 /// c (m,n) = or += scale * a (m,k) · b (k,n) in one sweep.

@@ -307,11 +307,9 @@ vectorised! {
 }
 
 vectorised! {
-    /// The scores from `first` to `end` become exp(scale * score - logsumexp), the rest 0.
-    fn probabilities(scores: &mut [f32], first: usize, end: usize, scale: f32, logsumexp: f32) {
-        scores[..first].fill(0.0);
-        scores[end..].fill(0.0);
-        for score in &mut scores[first..end] {
+    /// Scores become exp(scale * score - logsumexp).
+    fn probabilities(scores: &mut [f32], scale: f32, logsumexp: f32) {
+        for score in scores {
             *score = exp(*score * scale - logsumexp);
         }
     }
