@@ -195,11 +195,13 @@ impl Subject<'_> {
             let leaf = name.rsplit('.').next().unwrap_or(name);
             match leaf {
                 "o_proj" => (width.kept, width.work) = (width.kept + input, width.work + 3 * input),
-                "down_proj" | "output_linear" => width.work += 2 * input,
+                "down_proj" => width.work += 2 * input,
+                // Gate and up are joined again on the way back.
+                "output_linear" => width.work += 3 * input,
                 "out_proj" => width.work += 4 * input,
                 "in_proj" => (width.kept, width.work) = (width.kept + 2 * out, width.work + 3 * out),
                 "q_proj" | "k_proj" | "v_proj" => {
-                    (width.kept, width.work) = (width.kept + out, width.work + out)
+                    (width.kept, width.work) = (width.kept + out, width.work + out);
                 }
                 _ => width.kept += out,
             }
