@@ -295,3 +295,34 @@ unsafe fn part(
         }
     }
 }
+
+/// Multiplies tiles of zeros by each other, about as long as `rounds` rounds of multiply-adds take. Gives the
+/// floating-point operations done.
+///
+/// # Safety
+/// [`is_here`] must have said so.
+pub(super) unsafe fn spin(rounds: usize) -> f64 {
+    /// Products of tiles in a round, none of which waits for another.
+    const PRODUCTS: usize = 4;
+    let steps = rounds / 16 + 1;
+    // SAFETY: passed on; the tiles are configured, and no memory is touched.
+    unsafe {
+        let _tiles = Tiles::new();
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+            "2:",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "dec {steps}",
+            "jnz 2b",
+            steps = inout(reg) steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, nomem)
+        );
+    }
+    (2 * steps * PRODUCTS * 16 * 16 * STEP) as f64
+}

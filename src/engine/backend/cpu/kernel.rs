@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::NoSuchSet;
 use super::tile::Multiply;
-use super::vector::{Portable, Vector};
+use super::vector::{Lanes, Portable, Vector};
 
 /// Columns of a panel.
 pub(super) const PANEL: usize = 16;
@@ -151,6 +151,35 @@ impl Kernel {
         }
     }
 
+    /// Runs `work` over the widest register of this instruction set.
+    ///
+    /// # Safety
+    /// What `work` asks for.
+    pub(super) unsafe fn run_widest(self, work: impl LanesWork) {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn avx2(work: impl LanesWork) {
+            // SAFETY: passed on.
+            unsafe { work.run::<super::vector::Avx2>() }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn avx512(work: impl LanesWork) {
+            // SAFETY: passed on.
+            unsafe { work.run::<super::vector::Zmm>() }
+        }
+        match self.0 {
+            // SAFETY: passed on.
+            Set::Portable => unsafe { work.run::<Portable>() },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: passed on; this value exists only where the CPU has the instructions.
+            Set::Avx2 => unsafe { avx2(work) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Set::Avx512 | Set::Amx => unsafe { avx512(work) },
+        }
+    }
+
     /// Runs `work` compiled for this instruction set.
     ///
     /// # Safety
@@ -180,6 +209,13 @@ impl Kernel {
             Set::Avx512 | Set::Amx => unsafe { avx512(work) },
         }
     }
+}
+
+/// A loop written over any register of f32.
+pub(super) trait LanesWork {
+    /// # Safety
+    /// As of [`Work::run`].
+    unsafe fn run<L: Lanes>(self);
 }
 
 /// A loop written over any vector.

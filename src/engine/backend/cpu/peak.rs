@@ -1,26 +1,24 @@
 //! What the arithmetic and the memory of this machine give at most: loops with nothing in their way, which
-//! benches hold the operations against. Written over the vector of the products' own instruction set. Knows no
+//! benches hold the operations against. Written over the registers of the products' own instruction set. Knows no
 //! clocks: whoever runs them times them.
 
 use std::hint::black_box;
 
 use super::Cpu;
-use super::kernel::Work;
-use super::vector::{LANES, Vector};
+use super::kernel::{Kernel, LanesWork, Work};
+use super::vector::{LANES, Lanes, Vector};
 
+/// Lanes of the widest register.
+const WIDEST: usize = 16;
 /// Multiply-adds that wait for none of the others: more than two units that take four cycles each can begin
 /// meanwhile, and few enough for sixteen registers.
 const CHAINS: usize = 12;
 
 impl Cpu {
-    /// Runs `rounds` rounds of independent multiply-adds on every thread at once, in registers only. Gives the
+    /// Runs about `rounds` rounds of independent multiply-adds on every thread at once, in registers only. Gives the
     /// floating-point operations that all threads did together.
     pub fn spin(&self, rounds: usize) -> f64 {
-        self.pool.broadcast(|_| {
-            // SAFETY: the work asks for nothing but the kernel's instructions.
-            unsafe { self.kernel.run(Spin { rounds }) }
-        });
-        (self.threads() * rounds * CHAINS * LANES * 2) as f64
+        self.pool.broadcast(|_| self.kernel.spin(rounds)).into_iter().sum()
     }
 
     /// Reads `values` once, each thread a part of its own in order. Gives the bytes read.
@@ -35,17 +33,34 @@ impl Cpu {
     }
 }
 
-struct Spin {
-    rounds: usize,
+impl Kernel {
+    /// What one thread does of [`Cpu::spin`].
+    fn spin(self, rounds: usize) -> f64 {
+        #[cfg(target_arch = "x86_64")]
+        if self.rounds() {
+            // SAFETY: a kernel exists only where its instructions do.
+            return unsafe { super::amx::spin(rounds) };
+        }
+        let mut operations = 0;
+        // SAFETY: the work asks for nothing but the kernel's instructions.
+        unsafe { self.run_widest(Spin { rounds, operations: &mut operations }) };
+        operations as f64
+    }
 }
 
-impl Work for Spin {
+struct Spin<'a> {
+    rounds: usize,
+    /// What was done.
+    operations: &'a mut usize,
+}
+
+impl LanesWork for Spin<'_> {
     #[inline(always)]
-    unsafe fn run<V: Vector>(self) {
-        // SAFETY: the CPU has V's instructions, says the caller.
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: the CPU has L's instructions, says the caller.
         unsafe {
-            let (factor, addend) = (V::splat(black_box(0.999)), V::splat(black_box(0.001)));
-            let mut sums = [V::splat(black_box(0.5)); CHAINS];
+            let (factor, addend) = (L::splat(black_box(0.999)), L::splat(black_box(0.001)));
+            let mut sums = [L::splat(black_box(0.5)); CHAINS];
             for _ in 0..self.rounds {
                 for sum in &mut sums {
                     *sum = sum.mul_add(factor, addend);
@@ -53,6 +68,7 @@ impl Work for Spin {
             }
             keep(&sums);
         }
+        *self.operations = 2 * self.rounds * CHAINS * L::LANES;
     }
 }
 
@@ -80,10 +96,10 @@ impl Work for Read<'_> {
 
 /// Makes the compiler believe that someone looks at `sums`.
 #[inline(always)]
-unsafe fn keep<V: Vector>(sums: &[V; CHAINS]) {
-    let mut lanes = [0.0; LANES];
+unsafe fn keep<L: Lanes>(sums: &[L; CHAINS]) {
+    let mut lanes = [0.0; WIDEST];
     for sum in sums {
-        // SAFETY: as above; the lanes of one vector have room.
+        // SAFETY: as above; the lanes of one register have room.
         unsafe { sum.store(lanes.as_mut_ptr()) };
         black_box(&lanes);
     }
