@@ -1,5 +1,5 @@
 """Reads `run.wandb`, which the tests of `src/stages/train/wandb.rs` hold their bytes against, with the reader and the
-messages of wandb itself, and checks config, history, summary and exit.
+messages of wandb itself, checks config, history, summary and exit, and that wandb's writer gives the same bytes.
 
     pip install wandb==0.20.1 'protobuf<7'     # the last line of versions whose reader is Python
     python tests/golden/wandb_check.py [FILE]
@@ -10,6 +10,7 @@ A newer wandb shows the same with `wandb sync --dry-run DIR`, where DIR is the f
 import json
 import pathlib
 import sys
+import tempfile
 
 import wandb
 
@@ -28,6 +29,17 @@ def records(path):
         yield record
 
 
+def written_again(found):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "run.wandb"
+        store = DataStore()
+        store.open_for_write(str(path))
+        for record in found:
+            store.write(record)
+        store.close()
+        return path.read_bytes()
+
+
 def values(items):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
@@ -35,6 +47,7 @@ def values(items):
 def main():
     path = sys.argv[1] if len(sys.argv) > 1 else str(pathlib.Path(__file__).parent / "run.wandb")
     found = list(records(path))
+    assert written_again(found) == pathlib.Path(path).read_bytes()
     kinds = [record.WhichOneof("record_type") for record in found]
     assert [record.num for record in found] == list(range(1, len(found) + 1))
     assert kinds[:2] == ["header", "run"] and kinds[-2:] == ["summary", "exit"], kinds
