@@ -17,6 +17,7 @@ use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
 use tunesmith_engine::process::{cpu_seconds, peak_rss_bytes};
+use tunesmith_engine::tokenizer::{Specials, Tokenizer, TokenizerError};
 
 mod kernels;
 
@@ -34,28 +35,44 @@ pub(crate) enum BenchError {
     #[error(transparent)]
     InstructionSet(#[from] NoSuchSet),
     #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error("`{}` has no line with a text to go on with", path.display())]
+    NoTexts { path: PathBuf },
+    #[error(transparent)]
     Io(#[from] std::io::Error),
     #[error("`{}` holds {got} tokens, but {needed} are needed for {steps} steps", path.display())]
     Tokens { path: PathBuf, got: usize, needed: usize, steps: usize },
 }
 
-/// A base model as the `model` stage makes it, in a folder that goes when this does.
-pub(crate) struct Base {
-    folder: tempfile::TempDir,
-    compute: Compute,
+/// The model that is measured.
+pub(crate) enum Base {
+    /// As the `model` stage makes it, in a folder that goes when this does.
+    Built { folder: tempfile::TempDir, compute: Compute },
+    /// As the source has it: block formats become the f32 values they stand for.
+    Source { path: PathBuf, compute: Compute },
 }
 
 impl Base {
-    /// Reads `path`, a GGUF file or a Hugging Face folder.
-    pub(crate) fn new(path: &Path, quantize: Quantize, compute: Compute) -> Result<Self, BenchError> {
+    /// Reads `path`, a GGUF file or a Hugging Face folder; without `quantize` it is used as it is.
+    pub(crate) fn new(path: &Path, quantize: Option<Quantize>, compute: Compute) -> Result<Self, BenchError> {
+        let path = path.to_owned();
+        let Some(quantize) = quantize else { return Ok(Self::Source { path, compute }) };
         let folder = tempfile::tempdir()?;
-        base::build_base(path, folder.path(), quantize, &mut |_, _| {})
-            .map_err(|source| BenchError::Base { path: path.to_owned(), source })?;
-        Ok(Self { folder, compute })
+        base::build_base(&path, folder.path(), quantize, &mut |_, _| {})
+            .map_err(|source| BenchError::Base { path, source })?;
+        Ok(Self::Built { folder, compute })
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Built { folder, .. } => folder.path(),
+            Self::Source { path, .. } => path,
+        }
     }
 
     fn open(&self) -> Result<Model, BenchError> {
-        Ok(Model::open(self.folder.path(), &self.compute)?)
+        let (Self::Built { compute, .. } | Self::Source { compute, .. }) = self;
+        Ok(Model::open(self.path(), compute)?)
     }
 }
 
@@ -216,8 +233,61 @@ pub(crate) fn generate(base: &Base, generation: &Generation) -> Result<Generatio
 }
 
 fn greedy(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b));
-    best.map_or(0, |(token, _)| token as u32)
+    best_two(logits)[0].0
+}
+
+/// The likeliest tokens and their logits, the likelier first.
+fn best_two(logits: &[f32]) -> [(u32, f32); 2] {
+    let mut best = [(0, f32::NEG_INFINITY); 2];
+    for (token, &logit) in (0..).zip(logits) {
+        if logit > best[0].1 {
+            best = [(token, logit), best[0]];
+        } else if logit > best[1].1 {
+            best[1] = (token, logit);
+        }
+    }
+    best
+}
+
+/// A text that was gone on with.
+#[derive(Debug, Serialize)]
+pub(crate) struct Continued {
+    pub(crate) prompt: String,
+    pub(crate) text: String,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A token and the one that came second.
+#[derive(Debug, Serialize)]
+pub(crate) struct Step {
+    pub(crate) token: String,
+    pub(crate) runner_up: String,
+    /// By how much the token's logit is the larger.
+    pub(crate) gap: f32,
+}
+
+/// Goes on greedily with each line of `file` as it stands, for `tokens` tokens.
+pub(crate) fn go_on(base: &Base, file: &Path, tokens: usize) -> Result<Vec<Continued>, BenchError> {
+    let texts = fs_err::read_to_string(file)?;
+    let (model, tokenizer) = (base.open()?, Tokenizer::open(base.path())?);
+    let mut workspace = Workspace::default();
+    let mut all = Vec::new();
+    for prompt in texts.lines().filter(|line| !line.is_empty()) {
+        let mut fed: Vec<u32> = tokenizer.bos_id().filter(|_| tokenizer.adds_bos()).into_iter().collect();
+        fed.extend(tokenizer.encode(prompt, Specials::AsText)?);
+        let mut cache = model.new_cache(1, fed.len() + tokens);
+        let (mut ids, mut steps) = (Vec::new(), Vec::new());
+        for _ in 0..tokens {
+            let logits = model.extend(None, &mut cache, &[&fed], &mut workspace)?;
+            let [(first, high), (second, low)] = best_two(logits[0].as_deref().unwrap_or_default());
+            let name = |id| tokenizer.decode(&[id], false);
+            steps.push(Step { token: name(first)?, runner_up: name(second)?, gap: high - low });
+            ids.push(first);
+            fed = vec![first];
+        }
+        all.push(Continued { prompt: prompt.to_owned(), text: tokenizer.decode(&ids, false)?, steps });
+    }
+    if all.is_empty() { Err(BenchError::NoTexts { path: file.to_owned() }) } else { Ok(all) }
 }
 
 /// A fixed sequence of tokens in which small ids are the likelier, as in a text.

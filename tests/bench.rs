@@ -53,6 +53,21 @@ fn operations_are_held_against_what_the_machine_gives() {
 }
 
 #[test]
+fn lines_are_gone_on_with_token_by_token() {
+    let project = Project::new().file("texts", "a b\n\nc\n").file("none", "\n");
+    tiny_model::write(&project);
+    let command =
+        ["bench", "generate", "--model", "model", "--base", "source", "--tokens", "3", "--json", "-"];
+    let texts = |threads| project.json(&[&command[..], &["--threads", threads, "--text", "texts"]].concat());
+    let (one, two) = (texts("1"), texts("2"));
+    assert_eq!(one, two);
+    assert_eq!(one[0]["prompt"], "a b");
+    assert_eq!((one.as_array().unwrap().len(), one[1]["steps"].as_array().unwrap().len()), (2, 3));
+    assert!(one[1]["steps"][2]["gap"].as_f64().unwrap() >= 0.0);
+    project.run(&[&command[..], &["--text", "none"]].concat()).code(1).says("has no line");
+}
+
+#[test]
 fn what_cannot_be_measured_is_named() {
     let project = Project::new().file("tokens.i32", "12345678");
     tiny_model::write(&project);

@@ -55,6 +55,8 @@ enum Stored {
     Nf4,
     /// 16 bits
     Bf16,
+    /// Exactly the values of the file, which block formats keep as 32 bits
+    Source,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -132,6 +134,9 @@ pub(super) struct GenerateOptions {
     /// Times the whole is measured
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
+    /// Measure nothing: go on greedily with each line of this file, and show each token's lead over the next
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "batch", "rounds"])]
+    text: Option<PathBuf>,
 }
 
 /// Options of `bench kernels`.
@@ -205,6 +210,11 @@ fn train(options: &TrainOptions) -> Result<(), BenchError> {
 
 fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
     let base = open(&options.model)?;
+    if let Some(file) = &options.text {
+        let texts = bench::go_on(&base, file, options.tokens.into())?;
+        let lines: Vec<String> = texts.iter().map(|one| format!("{}{}", one.prompt, one.text)).collect();
+        return show(&options.model, &texts, &lines.join("\n---\n"));
+    }
     let figures = bench::generate(
         &base,
         &Generation {
@@ -253,8 +263,9 @@ fn kernel_lines(figures: &KernelFigures) -> String {
 fn open(model: &ModelArgs) -> Result<Base, BenchError> {
     let threads = model.machine.threads();
     let quantize = match model.base {
-        Stored::Nf4 => Quantize::Nf4,
-        Stored::Bf16 => Quantize::None,
+        Stored::Nf4 => Some(Quantize::Nf4),
+        Stored::Bf16 => Some(Quantize::None),
+        Stored::Source => None,
     };
     Base::new(&model.model, quantize, Compute { kind: BackendKind::Cpu, threads })
 }
