@@ -13,6 +13,8 @@ pub(super) const PANEL: usize = 16;
 const ACROSS: usize = PANEL / LANES;
 /// Rows of the tallest tile: twelve sums, two vectors of the panel and a value of the left fill 16 registers.
 const TALLEST: usize = 6;
+/// Steps of the depth between two tests for its end.
+const STEPS: usize = 4;
 /// Rows that pass by all panels before the next ones do: at 288 deep they fill half the second-level cache.
 const ROWS: usize = 32 * TALLEST;
 
@@ -182,27 +184,20 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
         let a = product.a.add(row * product.a_row);
         let b = product.b.add(panel * product.b_panel);
         let (a_row, a_depth, b_depth) = (product.a_row, product.a_depth, product.b_depth);
-        let offset = |j: usize| j / ACROSS * product.b_panel + j % ACROSS * LANES;
         let c = product.c.wrapping_add(row * product.c_row + panel * PANEL);
         for i in 0..M {
             // A row of the tile lies across at most two lines.
             V::prefetch(c.wrapping_add(i * product.c_row).cast());
             V::prefetch(c.wrapping_add(i * product.c_row + PANEL - 1).cast());
         }
-        let mut sums = [[V::splat(0.0); N]; M];
-        for k in 0..product.depth {
-            let (a, b) = (a.add(k * a_depth), b.add(k * b_depth));
-            let mut right = [V::splat(0.0); N];
-            for j in 0..N {
-                right[j] = V::load(b.add(offset(j)));
-            }
-            for i in 0..M {
-                let left = V::splat(*a.add(i * a_row));
-                for j in 0..N {
-                    sums[i][j] = left.mul_add(right[j], sums[i][j]);
-                }
-            }
-        }
+        let depth = product.depth;
+        // Distances that the compiler knows leave its instructions for the sums: with those it does not know, the
+        // CPU would decode more of them a step than it can.
+        let sums = match (a_depth, b_depth) {
+            (1, PANEL) => steps::<V, M, N>((a, a_row, 1), (b, PANEL, product.b_panel), depth),
+            (1, _) => steps::<V, M, N>((a, a_row, 1), (b, b_depth, product.b_panel), depth),
+            _ => steps::<V, M, N>((a, a_row, a_depth), (b, b_depth, product.b_panel), depth),
+        };
         let scale = V::splat(product.scale);
         if product.cols - panel * PANEL < N * LANES {
             narrow(product, c, product.cols - panel * PANEL, &sums, scale);
@@ -220,6 +215,54 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
         }
     }
     N / ACROSS
+}
+
+/// The sums of a tile over all of the depth, several steps of it at a time.
+#[inline(always)]
+unsafe fn steps<V: Vector, const M: usize, const N: usize>(
+    (mut a, a_row, a_depth): (*const f32, usize, usize),
+    (mut b, b_depth, b_panel): (*const f32, usize, usize),
+    depth: usize,
+) -> [[V; N]; M] {
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut sums = [[V::splat(0.0); N]; M];
+        for _ in 0..depth / STEPS {
+            for k in 0..STEPS {
+                let place = (a.add(k * a_depth), b.add(k * b_depth));
+                step(&mut sums, place, a_row, b_panel);
+            }
+            a = a.add(STEPS * a_depth);
+            b = b.add(STEPS * b_depth);
+        }
+        for k in 0..depth % STEPS {
+            step(&mut sums, (a.add(k * a_depth), b.add(k * b_depth)), a_row, b_panel);
+        }
+        sums
+    }
+}
+
+/// One step of the depth.
+#[inline(always)]
+unsafe fn step<V: Vector, const M: usize, const N: usize>(
+    sums: &mut [[V; N]; M],
+    (a, b): (*const f32, *const f32),
+    a_row: usize,
+    b_panel: usize,
+) {
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut right = [V::splat(0.0); N];
+        for j in 0..N {
+            right[j] = V::load(b.add(j / ACROSS * b_panel + j % ACROSS * LANES));
+        }
+        for i in 0..M {
+            let left = V::splat(*a.add(i * a_row));
+            for j in 0..N {
+                sums[i][j] = left.mul_add(right[j], sums[i][j]);
+            }
+        }
+    }
 }
 
 /// Writes the first `width` columns of a tile.
