@@ -45,34 +45,28 @@ pub(crate) enum BenchError {
 }
 
 /// The model that is measured.
-pub(crate) enum Base {
-    /// As the `model` stage makes it, in a folder that goes when this does.
-    Built { folder: tempfile::TempDir, compute: Compute },
-    /// As the source has it: block formats become the f32 values they stand for.
-    Source { path: PathBuf, compute: Compute },
+/// A base model to measure.
+pub(crate) struct Base {
+    path: PathBuf,
+    compute: Compute,
+    /// Where `path` is, if it was made for this; it goes when this does.
+    _folder: Option<tempfile::TempDir>,
 }
 
 impl Base {
-    /// Reads `path`, a GGUF file or a Hugging Face folder; without `quantize` it is used as it is.
+    /// Reads `path`, a GGUF file or a Hugging Face folder, and makes the base of it that the `model` stage makes.
+    /// Without `quantize` the source is used as it is, block formats as the f32 values they stand for.
     pub(crate) fn new(path: &Path, quantize: Option<Quantize>, compute: Compute) -> Result<Self, BenchError> {
         let path = path.to_owned();
-        let Some(quantize) = quantize else { return Ok(Self::Source { path, compute }) };
+        let Some(quantize) = quantize else { return Ok(Self { path, compute, _folder: None }) };
         let folder = tempfile::tempdir()?;
         base::build_base(&path, folder.path(), quantize, &mut |_, _| {})
             .map_err(|source| BenchError::Base { path, source })?;
-        Ok(Self::Built { folder, compute })
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Self::Built { folder, .. } => folder.path(),
-            Self::Source { path, .. } => path,
-        }
+        Ok(Self { path: folder.path().to_owned(), compute, _folder: Some(folder) })
     }
 
     fn open(&self) -> Result<Model, BenchError> {
-        let (Self::Built { compute, .. } | Self::Source { compute, .. }) = self;
-        Ok(Model::open(self.path(), compute)?)
+        Ok(Model::open(&self.path, &self.compute)?)
     }
 }
 
@@ -269,7 +263,7 @@ pub(crate) struct Step {
 /// Goes on greedily with each line of `file` as it stands, for `tokens` tokens.
 pub(crate) fn go_on(base: &Base, file: &Path, tokens: usize) -> Result<Vec<Continued>, BenchError> {
     let texts = fs_err::read_to_string(file)?;
-    let (model, tokenizer) = (base.open()?, Tokenizer::open(base.path())?);
+    let (model, tokenizer) = (base.open()?, Tokenizer::open(&base.path)?);
     let mut workspace = Workspace::default();
     let mut all = Vec::new();
     for prompt in texts.lines().filter(|line| !line.is_empty()) {

@@ -213,7 +213,7 @@ fn generate(options: &GenerateOptions) -> Result<(), BenchError> {
     if let Some(file) = &options.text {
         let texts = bench::go_on(&base, file, options.tokens.into())?;
         let lines: Vec<String> = texts.iter().map(|one| format!("{}{}", one.prompt, one.text)).collect();
-        return show(&options.model, &texts, &lines.join("\n---\n"));
+        return show(&options.model.machine, &texts, &lines.join("\n---\n"));
     }
     let figures = bench::generate(
         &base,

@@ -317,6 +317,29 @@ pub trait Backend: Send + Sync {
         lora: &Lora<'_>,
     );
 
+    /// [`Backend::linear`] and [`Backend::lora`] in one: h (T,R) = x · Aᵀ; y (T,N) = x (T,K) · Wᵀ + scale * h · Bᵀ.
+    /// Overwrites both.
+    fn adapted(&self, y: &mut [f32], h: &mut [f32], x: &[f32], weight: &Matrix, lora: &Lora<'_>) {
+        self.linear(y, x, weight, Write::Overwrite);
+        self.lora(y, h, x, lora);
+    }
+
+    /// [`Backend::linear_backward`] and [`Backend::lora_backward`] in one: dx (T,K) = or += dy · W + dh · A.
+    fn adapted_backward(
+        &self,
+        gradient: LoraGradient<'_>,
+        (dx, write): (&mut [f32], Write),
+        dh: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        h: &[f32],
+        weight: &Matrix,
+        lora: &Lora<'_>,
+    ) {
+        self.linear_backward(dx, dy, weight, write);
+        self.lora_backward(gradient, Some(dx), dh, dy, x, h, lora);
+    }
+
     /// y (T,N) += bias (N) in each row.
     fn add_bias(&self, y: &mut [f32], bias: &[f32]);
 

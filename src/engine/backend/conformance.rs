@@ -179,6 +179,29 @@ fn lora_and_its_backward() {
 }
 
 #[test]
+fn adapted_linear_and_its_backward() {
+    for (tokens, n, k, rank) in [(1, 3, 5, 1), (65, 200, 30, 4), (130, 7, 193, 5), (600, 112, 320, 16)] {
+        for (encoding, weight) in encodings(n, k) {
+            check(&format!("adapted {tokens}x{n}x{k} rank {rank} {encoding}"), 2e-5, |backend| {
+                let (a, b) = (noise(11, rank * k), noise(12, n * rank));
+                let lora = Lora { a: &a, b: &b, rank, scale: 0.7 };
+                let (x, dy) = (noise(3, tokens * k), noise(4, tokens * n));
+                let (mut y, mut h) = (vec![9.0; tokens * n], vec![9.0; tokens * rank]);
+                backend.adapted(&mut y, &mut h, &x, &weight, &lora);
+                let (mut da, mut db, mut dx) = (noise(6, rank * k), noise(7, n * rank), noise(8, tokens * k));
+                let mut dh = vec![9.0; tokens * rank];
+                for write in [Write::Add, Write::Overwrite] {
+                    let gradient = LoraGradient { da: &mut da, db: &mut db };
+                    let dx = (&mut dx[..], write);
+                    backend.adapted_backward(gradient, dx, &mut dh, &dy, &x, &h, &weight, &lora);
+                }
+                vec![y, h, da, db, dh, dx]
+            });
+        }
+    }
+}
+
+#[test]
 fn norm_and_its_backward() {
     // Whole rows, heads of a row, groups of channels.
     for (tokens, c, group) in

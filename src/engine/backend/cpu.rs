@@ -172,6 +172,24 @@ impl Backend for Cpu {
         linear::lora_backward(self, gradient, dx, dh, dy, x, h, lora);
     }
 
+    fn adapted(&self, y: &mut [f32], h: &mut [f32], x: &[f32], weight: &Matrix, lora: &Lora<'_>) {
+        linear::adapted_forward(self, y, h, x, weight, lora);
+    }
+
+    fn adapted_backward(
+        &self,
+        gradient: LoraGradient<'_>,
+        dx: (&mut [f32], Write),
+        dh: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        h: &[f32],
+        weight: &Matrix,
+        lora: &Lora<'_>,
+    ) {
+        linear::adapted_backward(self, gradient, dx, dh, dy, x, h, weight, lora);
+    }
+
     fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
         self.run_over(y, TASK_ROWS * bias.len(), |_, rows| {
             rows.chunks_exact_mut(bias.len()).for_each(|row| rows::add(row, bias));

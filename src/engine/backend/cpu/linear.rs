@@ -16,7 +16,7 @@ const TOKENS: usize = 512;
 /// Up to so many tokens, decoded weights are used at once, while they are in the first-level cache.
 const FEW: usize = 96;
 /// Tokens of a LoRA task.
-const LORA_TOKENS: usize = 64;
+const LORA_TOKENS: usize = 128;
 /// Rows or columns of a LoRA gradient a task owns.
 const LORA_TILE: usize = 192;
 
@@ -27,7 +27,7 @@ pub(super) fn forward(cpu: &Cpu, y: &mut [f32], x: &[f32], weight: &Matrix, writ
 
 /// y (T,N) = or += x (T,K) · the transpose of these rows of the weight.
 pub(super) fn forward_part(cpu: &Cpu, y: &mut [f32], x: &[f32], part: (&Matrix, Range<usize>), write: Write) {
-    run(cpu, y, x, part, Side::Rows, write);
+    run(cpu, y, x, part, Side::Rows, write, None);
 }
 
 /// dx (T,K) = or += dy (T,N) · W.
@@ -43,7 +43,7 @@ pub(super) fn backward_part(
     part: (&Matrix, Range<usize>),
     write: Write,
 ) {
-    run(cpu, dx, dy, part, Side::Columns, write);
+    run(cpu, dx, dy, part, Side::Columns, write, None);
 }
 
 /// Outputs of a task: enough tasks for the threads to end together. Any cut gives the same bits.
@@ -60,6 +60,7 @@ fn run(
     (weight, part): (&Matrix, Range<usize>),
     side: Side,
     write: Write,
+    pair: Option<Thin<'_>>,
 ) {
     let (n, k) = match side {
         Side::Rows => (part.len(), weight.cols),
@@ -100,7 +101,21 @@ fn run(
             let mut y = y.columns(narrow.start - tile.start..narrow.end - tile.start);
             part_of(cpu, &mut y, x, (weight, part.start), side, narrow, k, write);
         }
+        if let Some(Thin { left, right, rank, scale }) = pair {
+            // While the tile is in a cache: a pass of its own would move all of y to and fro for little.
+            let (left, right) = (Operand::rows(&left[first * rank..], rank), right.from(start * right.col));
+            product(cpu.kernel, &mut y, rank, scale, Write::Add, left, right);
+        }
     });
+}
+
+/// What a LoRA pair adds to a product: scale * left (T,R) · right (R,N).
+#[derive(Clone, Copy)]
+struct Thin<'a> {
+    left: &'a [f32],
+    right: Operand<'a>,
+    rank: usize,
+    scale: f32,
 }
 
 /// y (T,N) = or += x (T,K) · the outputs `part` of a weight from row `first` on.
@@ -133,35 +148,49 @@ fn part_of(
     });
 }
 
+/// h (T,R) = x · Aᵀ; y (T,N) = x · Wᵀ + scale * h · Bᵀ.
+pub(super) fn adapted_forward(
+    cpu: &Cpu,
+    y: &mut [f32],
+    h: &mut [f32],
+    x: &[f32],
+    weight: &Matrix,
+    lora: &Lora<'_>,
+) {
+    project(cpu, h, x, lora);
+    let (rank, scale) = (lora.rank, lora.scale);
+    let pair = Thin { left: h, right: Operand::columns(lora.b, rank), rank, scale };
+    run(cpu, y, x, (weight, 0..weight.rows), Side::Rows, Write::Overwrite, Some(pair));
+}
+
+/// dx = or += dy · W + dh · A, and the pair's gradients as [`lora_backward`].
+pub(super) fn adapted_backward(
+    cpu: &Cpu,
+    gradient: LoraGradient<'_>,
+    (dx, write): (&mut [f32], Write),
+    dh: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    h: &[f32],
+    weight: &Matrix,
+    lora: &Lora<'_>,
+) {
+    project_back(cpu, dh, dy, lora);
+    let pair = Thin { left: dh, right: Operand::rows(lora.a, weight.cols), rank: lora.rank, scale: 1.0 };
+    run(cpu, dx, dy, (weight, 0..weight.rows), Side::Columns, write, Some(pair));
+    gradients(cpu, gradient, dh, dy, x, h, lora);
+}
+
 /// h (T,R) = x · Aᵀ; y (T,N) += scale * h · Bᵀ.
 pub(super) fn lora_forward(cpu: &Cpu, y: &mut [f32], h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
-    let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
-    let tokens = x.len() / k;
-    assert!(h.len() == tokens * r && y.len() == tokens * n, "BUG: shape of a LoRA pair");
-    let y = Shared::new(y);
-    cpu.run_over(h, LORA_TOKENS * r, |start, h| {
-        let (first, rows) = (start / r, h.len() / r);
-        let x = Operand::rows(&x[first * k..], k);
-        product(
-            cpu.kernel,
-            &mut Output::of(h, rows, r),
-            k,
-            1.0,
-            Write::Overwrite,
-            x,
-            Operand::columns(lora.a, k),
-        );
-        // SAFETY: the rows of different tasks do not overlap.
-        let mut y = unsafe { y.block(first * n, rows, n, n) };
-        product(
-            cpu.kernel,
-            &mut y,
-            r,
-            lora.scale,
-            Write::Add,
-            Operand::rows(h, r),
-            Operand::columns(lora.b, r),
-        );
+    let (r, n) = (lora.rank, lora.b.len() / lora.rank);
+    assert_eq!(y.len(), h.len() / r * n, "BUG: shape of a LoRA pair");
+    project(cpu, h, x, lora);
+    let h = &*h;
+    cpu.run_over(y, LORA_TOKENS * n, |start, y| {
+        let (rows, left) = (y.len() / n, Operand::rows(&h[start / n * r..], r));
+        let y = &mut Output::of(y, rows, n);
+        product(cpu.kernel, y, r, lora.scale, Write::Add, left, Operand::columns(lora.b, r));
     });
 }
 
@@ -176,31 +205,57 @@ pub(super) fn lora_backward(
     h: &[f32],
     lora: &Lora<'_>,
 ) {
+    let (r, k) = (lora.rank, lora.a.len() / lora.rank);
+    project_back(cpu, dh, dy, lora);
+    let dh = &*dh;
+    if let Some(dx) = dx {
+        cpu.run_over(dx, LORA_TOKENS * k, |start, dx| {
+            let (rows, left) = (dx.len() / k, Operand::rows(&dh[start / k * r..], r));
+            let dx = &mut Output::of(dx, rows, k);
+            product(cpu.kernel, dx, r, 1.0, Write::Add, left, Operand::rows(lora.a, k));
+        });
+    }
+    gradients(cpu, gradient, dh, dy, x, h, lora);
+}
+
+/// h (T,R) = x (T,K) · Aᵀ.
+fn project(cpu: &Cpu, h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
+    let (r, k) = (lora.rank, lora.a.len() / lora.rank);
+    assert_eq!(h.len(), x.len() / k * r, "BUG: shape of a LoRA pair");
+    cpu.run_over(h, LORA_TOKENS * r, |start, h| {
+        let (rows, x) = (h.len() / r, Operand::rows(&x[start / r * k..], k));
+        let h = &mut Output::of(h, rows, r);
+        product(cpu.kernel, h, k, 1.0, Write::Overwrite, x, Operand::columns(lora.a, k));
+    });
+}
+
+/// dh (T,R) = scale * dy (T,N) · B.
+fn project_back(cpu: &Cpu, dh: &mut [f32], dy: &[f32], lora: &Lora<'_>) {
+    let (r, n) = (lora.rank, lora.b.len() / lora.rank);
+    assert_eq!(dh.len(), dy.len() / n * r, "BUG: shape of a LoRA pair");
+    cpu.run_over(dh, LORA_TOKENS * r, |start, dh| {
+        let (rows, dy) = (dh.len() / r, Operand::rows(&dy[start / r * n..], n));
+        let dh = &mut Output::of(dh, rows, r);
+        product(cpu.kernel, dh, n, lora.scale, Write::Overwrite, dy, Operand::rows(lora.b, r));
+    });
+}
+
+/// dB += scale * dyᵀ · h; dA += dhᵀ · x.
+fn gradients(
+    cpu: &Cpu,
+    gradient: LoraGradient<'_>,
+    dh: &[f32],
+    dy: &[f32],
+    x: &[f32],
+    h: &[f32],
+    lora: &Lora<'_>,
+) {
     let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
     let tokens = x.len() / k;
     assert!(
         h.len() == tokens * r && dh.len() == h.len() && dy.len() == tokens * n,
         "BUG: shape of a LoRA pair"
     );
-    let dx = dx.map(Shared::new);
-    cpu.run_over(dh, LORA_TOKENS * r, |start, dh| {
-        let (first, rows) = (start / r, dh.len() / r);
-        let dy = Operand::rows(&dy[first * n..], n);
-        product(
-            cpu.kernel,
-            &mut Output::of(dh, rows, r),
-            n,
-            lora.scale,
-            Write::Overwrite,
-            dy,
-            Operand::rows(lora.b, r),
-        );
-        if let Some(dx) = &dx {
-            // SAFETY: the rows of different tasks do not overlap.
-            let mut dx = unsafe { dx.block(first * k, rows, k, k) };
-            product(cpu.kernel, &mut dx, r, 1.0, Write::Add, Operand::rows(dh, r), Operand::rows(lora.a, k));
-        }
-    });
     let LoraGradient { da, db } = gradient;
     let (da, db) = (Shared::new(da), Shared::new(db));
     let tiles_b = n.div_ceil(LORA_TILE);
@@ -208,9 +263,18 @@ pub(super) fn lora_backward(
         if task < tiles_b {
             let tile = task * LORA_TILE..n.min((task + 1) * LORA_TILE);
             // SAFETY: each task owns its rows of dB.
-            let mut db = unsafe { db.block(tile.start * r, tile.len(), r, r) };
-            let dy = Operand::columns(&dy[tile.start..], n);
-            product(cpu.kernel, &mut db, tokens, lora.scale, Write::Add, dy, Operand::rows(h, r));
+            let db = unsafe { db.slice(tile.start * r..tile.end * r) };
+            // As (R, tile) first, so that each line of dy is read once and not once a row.
+            scratch::with(r * tile.len(), |transposed| {
+                let mut out = Output::of(transposed, r, tile.len());
+                let (h, dy) = (Operand::columns(h, r), Operand::rows(&dy[tile.start..], n));
+                product(cpu.kernel, &mut out, tokens, lora.scale, Write::Overwrite, h, dy);
+                for (j, db) in db.chunks_exact_mut(r).enumerate() {
+                    for (db, row) in db.iter_mut().zip(transposed.chunks_exact(tile.len())) {
+                        *db += row[j];
+                    }
+                }
+            });
         } else {
             let start = (task - tiles_b) * LORA_TILE;
             let width = LORA_TILE.min(k - start);

@@ -12,6 +12,8 @@ use super::vector::{Lanes, Vector};
 /// The tallest tile where sixteen registers of eight lanes hold it: twelve sums, two vectors of the panel and a
 /// value of the left.
 const TALLEST: usize = 6;
+/// Steps of the depth between two tests for its end.
+const STEPS: usize = 4;
 /// Rows that pass by all panels before the next ones do: at 288 deep they fill half the second-level cache.
 const ROWS: usize = 32 * TALLEST;
 /// The tallest tile where 32 registers of sixteen lanes hold it: 28 sums, two vectors, up to two values.
@@ -154,11 +156,9 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
 ) -> usize {
     // SAFETY: the caller's tile is within the product, whose bounds its maker promised.
     unsafe {
-        let mut a = product.a.add(row * product.a_row);
-        let mut b = product.b.add(panel * product.b_panel);
+        let a = product.a.add(row * product.a_row);
+        let b = product.b.add(panel * product.b_panel);
         let (a_row, a_depth, b_depth) = (product.a_row, product.a_depth, product.b_depth);
-        let across = PANEL / L::LANES;
-        let offset = |j: usize| j / across * product.b_panel + j % across * L::LANES;
         let c = product.c.wrapping_add(row * product.c_row + panel * PANEL);
         for i in 0..M {
             // Sixteen values lie across at most two lines.
@@ -167,21 +167,14 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
             }
             L::prefetch(c.wrapping_add(i * product.c_row + N * L::LANES - 1).cast());
         }
-        let mut sums = [[L::splat(0.0); N]; M];
-        for _ in 0..product.depth {
-            let mut right = [L::splat(0.0); N];
-            for j in 0..N {
-                right[j] = L::load(b.add(offset(j)));
-            }
-            for i in 0..M {
-                let left = L::splat(*a.add(i * a_row));
-                for j in 0..N {
-                    sums[i][j] = left.mul_add(right[j], sums[i][j]);
-                }
-            }
-            a = a.wrapping_add(a_depth);
-            b = b.wrapping_add(b_depth);
-        }
+        let (depth, b_panel) = (product.depth, product.b_panel);
+        // Distances that the compiler knows leave its instructions for the sums: with those it does not know, the
+        // CPU would decode more of them a step than it can.
+        let sums = match (a_depth, b_depth) {
+            (1, PANEL) => steps::<L, M, N>((a, a_row, 1), (b, PANEL, b_panel), depth),
+            (1, _) => steps::<L, M, N>((a, a_row, 1), (b, b_depth, b_panel), depth),
+            _ => steps::<L, M, N>((a, a_row, a_depth), (b, b_depth, b_panel), depth),
+        };
         let scale = L::splat(product.scale);
         let width = (product.cols - panel * PANEL).min(N * L::LANES);
         // By way of a whole tile where the last column cuts through a register, for it writes all its lanes.
@@ -203,6 +196,55 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
         }
     }
     N * L::LANES / PANEL
+}
+
+/// The sums of a tile over all of the depth, several steps of it at a time.
+#[inline(always)]
+unsafe fn steps<L: Lanes, const M: usize, const N: usize>(
+    (mut a, a_row, a_depth): (*const f32, usize, usize),
+    (mut b, b_depth, b_panel): (*const f32, usize, usize),
+    depth: usize,
+) -> [[L; N]; M] {
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut sums = [[L::splat(0.0); N]; M];
+        for _ in 0..depth / STEPS {
+            for k in 0..STEPS {
+                let place = (a.add(k * a_depth), b.add(k * b_depth));
+                step(&mut sums, place, a_row, b_panel);
+            }
+            a = a.wrapping_add(STEPS * a_depth);
+            b = b.wrapping_add(STEPS * b_depth);
+        }
+        for k in 0..depth % STEPS {
+            step(&mut sums, (a.add(k * a_depth), b.add(k * b_depth)), a_row, b_panel);
+        }
+        sums
+    }
+}
+
+/// One step of the depth.
+#[inline(always)]
+unsafe fn step<L: Lanes, const M: usize, const N: usize>(
+    sums: &mut [[L; N]; M],
+    (a, b): (*const f32, *const f32),
+    a_row: usize,
+    b_panel: usize,
+) {
+    let across = PANEL / L::LANES;
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut right = [L::splat(0.0); N];
+        for j in 0..N {
+            right[j] = L::load(b.add(j / across * b_panel + j % across * L::LANES));
+        }
+        for i in 0..M {
+            let left = L::splat(*a.add(i * a_row));
+            for j in 0..N {
+                sums[i][j] = left.mul_add(right[j], sums[i][j]);
+            }
+        }
+    }
 }
 
 /// c (M rows, `stride` apart) = or += scale * sums.

@@ -59,10 +59,16 @@ impl Linear {
     pub(in crate::model) fn forward(&self, pass: &Pass<'_>, y: &mut Vec<f32>, h: &mut Vec<f32>, x: &[f32]) {
         let tokens = x.len() / self.weight.cols;
         let y = sized(y, tokens * self.weight.rows);
-        pass.backend.linear(y, x, &self.weight, Write::Overwrite);
         let Some(adapted) = self.adapted(pass) else {
+            pass.backend.linear(y, x, &self.weight, Write::Overwrite);
             return self.add_bias(pass, y);
         };
+        if adapted.dora.is_none() && adapted.dropout.is_none() {
+            let h = sized(h, tokens * adapted.lora.rank);
+            pass.backend.adapted(y, h, x, &self.weight, &adapted.lora);
+            return self.add_bias(pass, y);
+        }
+        pass.backend.linear(y, x, &self.weight, Write::Overwrite);
         let mut dropped = adapted.dropout.map(|dropout| dropout.scratch.borrow_mut());
         let input = match (adapted.dropout, &mut dropped) {
             (Some(dropout), Some(dropped)) => {
@@ -126,11 +132,10 @@ impl Linear {
         let Some(gradient) = gradients.lora(self.index) else { return };
         let Some(dropout) = dropout else {
             let dz = if dora.is_some() { &*dz } else { dy };
-            if let Some((dx, write)) = &mut dx {
-                pass.backend.linear_backward(dx, dz, &self.weight, *write);
-            }
-            let dx = dx.map(|(dx, _)| dx);
-            return pass.backend.lora_backward(gradient, dx, dh, dz, x, h, &lora);
+            return match dx {
+                None => pass.backend.lora_backward(gradient, None, dh, dz, x, h, &lora),
+                Some(dx) => pass.backend.adapted_backward(gradient, dx, dh, dz, x, h, &self.weight, &lora),
+            };
         };
         dropout.forward(input, x, self.index);
         let Some((dx, write)) = dx else {
