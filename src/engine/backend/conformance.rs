@@ -180,7 +180,14 @@ fn lora_and_its_backward() {
 
 #[test]
 fn adapted_linear_and_its_backward() {
-    for (tokens, n, k, rank) in [(1, 3, 5, 1), (65, 200, 30, 4), (130, 7, 193, 5), (600, 112, 320, 16)] {
+    for (tokens, n, k, rank) in [
+        (1, 3, 5, 1),
+        (1, 64, 64, 4),
+        (3, 97, 160, 8),
+        (65, 200, 30, 4),
+        (130, 7, 193, 5),
+        (600, 112, 320, 16),
+    ] {
         for (encoding, weight) in encodings(n, k) {
             check(&format!("adapted {tokens}x{n}x{k} rank {rank} {encoding}"), 2e-5, |backend| {
                 let (a, b) = (noise(11, rank * k), noise(12, n * rank));

@@ -71,20 +71,37 @@ fn run(
     #[cfg(target_arch = "x86_64")]
     if cpu.kernel.rounds() {
         // SAFETY: a kernel exists only where its instructions do.
-        return unsafe { super::amx::linear::run(cpu, y, x, (weight, part.start), side, (n, k), write) };
+        unsafe { super::amx::linear::run(cpu, y, x, (weight, part.start), side, (n, k), write) };
+        return add_pair(cpu, y, n, pair);
     }
-    let y = Shared::new(y);
     let whole = side == Side::Rows && part.len() == weight.rows;
     let thin = if whole { gemv::outputs(weight, tokens) } else { 0 };
     if thin > 0 {
-        gemv::forward(cpu, y, x, weight, write);
+        gemv::forward(cpu, Shared::new(y), x, weight, write);
+        if thin < n {
+            run_tiles(cpu, y, x, (weight, part), side, (thin..n, k), write, None);
+        }
+        return add_pair(cpu, y, n, pair);
     }
-    if thin == n {
-        return;
-    }
-    let (step, chunks) = (tile_of(n - thin, cpu.threads()), tokens.div_ceil(TOKENS));
-    cpu.run((n - thin).div_ceil(step) * chunks, |task| {
-        let (start, first) = (thin + task / chunks * step, task % chunks * TOKENS);
+    run_tiles(cpu, y, x, (weight, part), side, (0..n, k), write, pair);
+}
+
+/// The last outputs of each row, tile by tile.
+fn run_tiles(
+    cpu: &Cpu,
+    y: &mut [f32],
+    x: &[f32],
+    (weight, part): (&Matrix, Range<usize>),
+    side: Side,
+    (outputs, k): (Range<usize>, usize),
+    write: Write,
+    pair: Option<Thin<'_>>,
+) {
+    let (tokens, from, n) = (x.len() / k, outputs.start, outputs.end);
+    let y = Shared::new(y);
+    let (step, chunks) = (tile_of(n - from, cpu.threads()), tokens.div_ceil(TOKENS));
+    cpu.run((n - from).div_ceil(step) * chunks, |task| {
+        let (start, first) = (from + task / chunks * step, task % chunks * TOKENS);
         let (tile, rows) = (start..n.min(start + step), TOKENS.min(tokens - first));
         // SAFETY: tiles and chunks of different tasks do not overlap.
         let mut y = unsafe { y.block(first * n + start, rows, tile.len(), n) };
@@ -116,6 +133,15 @@ struct Thin<'a> {
     right: Operand<'a>,
     rank: usize,
     scale: f32,
+}
+
+/// y (T,N) += the pair's part, row by row.
+fn add_pair(cpu: &Cpu, y: &mut [f32], n: usize, pair: Option<Thin<'_>>) {
+    let Some(Thin { left, right, rank, scale }) = pair else { return };
+    cpu.run_over(y, LORA_TOKENS * n, |start, y| {
+        let (rows, left) = (y.len() / n, Operand::rows(&left[start / n * rank..], rank));
+        product(cpu.kernel, &mut Output::of(y, rows, n), rank, scale, Write::Add, left, right);
+    });
 }
 
 /// y (T,N) = or += x (T,K) · the outputs `part` of a weight from row `first` on.
@@ -186,12 +212,8 @@ pub(super) fn lora_forward(cpu: &Cpu, y: &mut [f32], h: &mut [f32], x: &[f32], l
     let (r, n) = (lora.rank, lora.b.len() / lora.rank);
     assert_eq!(y.len(), h.len() / r * n, "BUG: shape of a LoRA pair");
     project(cpu, h, x, lora);
-    let h = &*h;
-    cpu.run_over(y, LORA_TOKENS * n, |start, y| {
-        let (rows, left) = (y.len() / n, Operand::rows(&h[start / n * r..], r));
-        let y = &mut Output::of(y, rows, n);
-        product(cpu.kernel, y, r, lora.scale, Write::Add, left, Operand::columns(lora.b, r));
-    });
+    let pair = Thin { left: h, right: Operand::columns(lora.b, r), rank: r, scale: lora.scale };
+    add_pair(cpu, y, n, Some(pair));
 }
 
 /// dB += scale * dyᵀ · h; dh = scale * dy · B; dA += dhᵀ · x; dx += dh · A.
@@ -207,13 +229,9 @@ pub(super) fn lora_backward(
 ) {
     let (r, k) = (lora.rank, lora.a.len() / lora.rank);
     project_back(cpu, dh, dy, lora);
-    let dh = &*dh;
     if let Some(dx) = dx {
-        cpu.run_over(dx, LORA_TOKENS * k, |start, dx| {
-            let (rows, left) = (dx.len() / k, Operand::rows(&dh[start / k * r..], r));
-            let dx = &mut Output::of(dx, rows, k);
-            product(cpu.kernel, dx, r, 1.0, Write::Add, left, Operand::rows(lora.a, k));
-        });
+        let pair = Thin { left: dh, right: Operand::rows(lora.a, k), rank: r, scale: 1.0 };
+        add_pair(cpu, dx, k, Some(pair));
     }
     gradients(cpu, gradient, dh, dy, x, h, lora);
 }
