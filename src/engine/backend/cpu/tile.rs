@@ -154,8 +154,8 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
 ) -> usize {
     // SAFETY: the caller's tile is within the product, whose bounds its maker promised.
     unsafe {
-        let mut a = product.a.add(row * product.a_row);
-        let mut b = product.b.add(panel * product.b_panel);
+        let a = product.a.add(row * product.a_row);
+        let b = product.b.add(panel * product.b_panel);
         let (a_row, a_depth, b_depth) = (product.a_row, product.a_depth, product.b_depth);
         let across = PANEL / L::LANES;
         let offset = |j: usize| j / across * product.b_panel + j % across * L::LANES;
@@ -168,7 +168,8 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
             L::prefetch(c.wrapping_add(i * product.c_row + N * L::LANES - 1).cast());
         }
         let mut sums = [[L::splat(0.0); N]; M];
-        for _ in 0..product.depth {
+        for k in 0..product.depth {
+            let (a, b) = (a.add(k * a_depth), b.add(k * b_depth));
             let mut right = [L::splat(0.0); N];
             for j in 0..N {
                 right[j] = L::load(b.add(offset(j)));
@@ -179,8 +180,6 @@ unsafe fn tile<L: Lanes, const M: usize, const N: usize>(
                     sums[i][j] = left.mul_add(right[j], sums[i][j]);
                 }
             }
-            a = a.wrapping_add(a_depth);
-            b = b.wrapping_add(b_depth);
         }
         let scale = L::splat(product.scale);
         let width = (product.cols - panel * PANEL).min(N * L::LANES);
