@@ -133,7 +133,6 @@ unsafe fn factor_of<E: Encoding>(
 ) {
     let out = &mut out[..super::size(count, depth)];
     let steps = depth.div_ceil(STEP);
-    // The depth along memory is read row by row: a tile wide, and no further than the lines just fetched.
     for (index, out) in out.chunks_exact_mut(2 * WORDS).enumerate() {
         let first = index / (2 * steps) * BLOCK + index % 2 * TILE;
         let k = index / 2 % steps * STEP;
