@@ -134,7 +134,9 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
     if training.recompute {
         workspace.recompute_layers(model.config().num_hidden_layers());
     }
-    let peak_gflop_s = kernels::peak_gflop_s(&Cpu::new(base.compute.threads)?);
+    // Before and after the steps: a busy moment would lower the peak and flatter them.
+    let cpu = Cpu::new(base.compute.threads)?;
+    let peak_before = kernels::peak_gflop_s(&cpu);
     let marks = vec![true; training.seq];
     let (mut seconds, mut busy, mut losses, mut flops) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for step in tokens.chunks_exact(per_step) {
@@ -152,6 +154,7 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         losses.push(loss.nll / loss.supervised as f64);
         flops = model.training_flops(&adapter, &pack);
     }
+    let peak_gflop_s = peak_before.max(kernels::peak_gflop_s(&cpu));
     let (median, spread) = median_and_spread(&seconds[training.warmup..]);
     Ok(TrainingFigures {
         tok_s: per_step as f64 / median,
