@@ -33,7 +33,7 @@ parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--warmup", type=int, default=2)
 parser.add_argument("--jemalloc", default="/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
 parser.add_argument("--checkpointing", action="store_true", help="PyTorch computes every layer twice")
-parser.add_argument("--only", action="append", metavar="NAME", help="run only programs whose name begins so")
+parser.add_argument("--only", action="append", metavar="NAME", help="run only this program")
 options = parser.parse_args()
 
 # What PyTorch's own tuning guide and a search of ours give it on a CPU.
@@ -66,7 +66,10 @@ programs = {
     "bitsandbytes nf4": ([*theirs, "--precision", "mixed", "--nf4"], True),
 }
 if options.only:
-    programs = {name: program for name, program in programs.items() if any(map(name.startswith, options.only))}
+    unknown = sorted(set(options.only) - set(programs))
+    if unknown:
+        parser.error(f"no program {unknown}; there are {list(programs)}")
+    programs = {name: program for name, program in programs.items() if name in options.only}
 if any(preload for _, preload in programs.values()):
     subprocess.run([sys.executable, str(here / "gguf_to_hf.py"), options.folder, options.file, hf], check=True)
 
