@@ -178,9 +178,8 @@ impl Backend for Reference {
         v: &[f32],
         shape: &AttentionShape<'_>,
     ) {
-        let [q, k, v] = [q, k, v].map(|values| self.factors(values));
         each_query(shape, |at| {
-            let scores: Vec<f64> = at.keys().map(|key| at.score(&q, &k, key)).collect();
+            let scores: Vec<f64> = at.keys().map(|key| at.score(q, k, key)).collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
             logsumexp[at.row * shape.heads + at.head] = (largest + sum.ln()) as f32;
@@ -189,7 +188,7 @@ impl Backend for Reference {
                     .keys()
                     .zip(&scores)
                     .map(|(key, score)| {
-                        let probability = (self.factor)(((score - largest).exp() / sum) as f32);
+                        let probability = ((score - largest).exp() / sum) as f32;
                         f64::from(probability) * f64::from(v[at.key_at(key) + d])
                     })
                     .sum();
@@ -211,24 +210,23 @@ impl Backend for Reference {
         dk.fill(0.0);
         dv.fill(0.0);
         let dim = shape.head_dim;
-        let [q, k, v, dout_rounded] = [saved.q, saved.k, saved.v, dout].map(|values| self.factors(values));
+        let AttentionSaved { q, k, v, .. } = *saved;
         each_query(shape, |at| {
             let query = at.query_at()..at.query_at() + dim;
             let delta = dot(&dout[query.clone()], &saved.out[query.clone()]);
             let logsumexp = f64::from(saved.logsumexp[at.row * shape.heads + at.head]);
             for key_row in at.keys() {
                 let key = at.key_at(key_row)..at.key_at(key_row) + dim;
-                let score = at.score(&q, &k, key_row);
+                let score = at.score(q, k, key_row);
                 let probability = (score - logsumexp).exp();
-                let dprobability = dot(&dout_rounded[query.clone()], &v[key.clone()]);
+                let dprobability = dot(&dout[query.clone()], &v[key.clone()]);
                 let slope = shape.softcap.map_or(1.0, |cap| 1.0 - (score / f64::from(cap)).powi(2));
-                let dscore =
-                    (self.factor)((probability * (dprobability - delta) * slope) as f32 * shape.scale);
-                let probability = (self.factor)(probability as f32);
+                let dscore = (probability * (dprobability - delta) * slope) as f32 * shape.scale;
+                let probability = probability as f32;
                 for d in 0..dim {
                     dq[query.start + d] += dscore * k[key.start + d];
                     dk[key.start + d] += dscore * q[query.start + d];
-                    dv[key.start + d] += probability * dout_rounded[query.start + d];
+                    dv[key.start + d] += probability * dout[query.start + d];
                 }
             }
         });

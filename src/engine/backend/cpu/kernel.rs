@@ -119,7 +119,11 @@ impl Kernel {
 
     /// Whether products have registers of sixteen lanes, which few rows fill with two panels side by side only.
     pub(super) fn is_wide(self) -> bool {
-        self.rounds() || self.name() == "avx512"
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 | Set::Amx => true,
+            _ => false,
+        }
     }
 
     /// Whether products whose factors may be rounded to bfloat16 are to be AMX's.

@@ -112,7 +112,7 @@ impl<'a> Operand<'a> {
         Self { values: &self.values[skipped..], ..self }
     }
 
-    pub(super) fn check(&self, rows: usize, cols: usize) {
+    fn check(&self, rows: usize, cols: usize) {
         let last = (rows - 1) * self.row + (cols - 1) * self.col;
         assert!(last < self.values.len(), "BUG: operand of a product too short");
     }
