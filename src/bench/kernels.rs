@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::backend::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Cpu, LogitMap, Lora,
-    LoraGradient, RopeTable, Rotation, Span, Write, numerics,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Cpu,
+    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Span, Write, numerics,
 };
 use tunesmith_engine::matrix::{Bytes, Matrix, Values};
 use tunesmith_engine::process::cpu_seconds;
@@ -202,7 +202,7 @@ impl Bench {
     /// A frozen layer (n,k), forward and backward, in each encoding of weights.
     fn linear(&mut self, n: usize, k: usize) {
         let (x, mut y) = (drawn(self.tokens * k), drawn(self.tokens * n));
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = Buffer::zeros(x.len());
         let weights = drawn(n * k);
         let bf16 = weights.iter().flat_map(|value| value.to_le_bytes().into_iter().skip(2)).collect();
         let encodings =
@@ -225,8 +225,9 @@ impl Bench {
         let (x, dy, mut y) = (drawn(tokens * k), drawn(tokens * n), drawn(tokens * n));
         let (a, b) = (drawn(r * k), drawn(n * r));
         let lora = Lora { a: &a, b: &b, rank: r, scale: 1e-3 };
-        let (mut h, mut dh, mut dx) = (vec![0.0; tokens * r], vec![0.0; tokens * r], vec![0.0; tokens * k]);
-        let (mut da, mut db) = (vec![0.0; a.len()], vec![0.0; b.len()]);
+        let (mut h, mut dh, mut dx) =
+            (Buffer::zeros(tokens * r), Buffer::zeros(tokens * r), Buffer::zeros(tokens * k));
+        let (mut da, mut db) = (Buffer::zeros(a.len()), Buffer::zeros(b.len()));
         let (shape, flops) = (format!("{k} to {n}, rank {r}"), 2 * tokens * r * (n + k));
         self.measure(("lora", shape.clone()), (flops, Unit::Flops), |cpu| {
             cpu.lora(&mut y, &mut h, &x, &lora);
@@ -242,8 +243,9 @@ impl Bench {
         let tokens = self.tokens;
         let (q, k, v) = (drawn(tokens * HIDDEN), drawn(tokens * KEY_VALUE), drawn(tokens * KEY_VALUE));
         let dout = drawn(tokens * HIDDEN);
-        let (mut out, mut logsumexp) = (vec![0.0; tokens * HIDDEN], vec![0.0; tokens * HEADS]);
-        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        let (mut out, mut logsumexp) = (Buffer::zeros(tokens * HIDDEN), Buffer::zeros(tokens * HEADS));
+        let (mut dq, mut dk, mut dv) =
+            (Buffer::zeros(q.len()), Buffer::zeros(k.len()), Buffer::zeros(v.len()));
         let mut scratch = Vec::new();
         for length in [tokens, tokens.div_ceil(4)] {
             let starts = (0..tokens).step_by(length);
@@ -277,13 +279,13 @@ impl Bench {
         let weights = drawn(VOCABULARY * HIDDEN);
         let bf16 = weights.iter().flat_map(|value| value.to_le_bytes().into_iter().skip(2)).collect();
         let head = Matrix { rows: VOCABULARY, cols: HIDDEN, values: Values::Bf16(Bytes::owned(bf16)) };
-        let (hidden, mut dhidden) = (drawn(rows * HIDDEN), vec![0.0; rows * HIDDEN]);
+        let (hidden, mut dhidden) = (drawn(rows * HIDDEN), Buffer::zeros(rows * HIDDEN));
         let targets: Vec<u32> = (0..rows).map(|row| (row * 37 % VOCABULARY) as u32).collect();
         let (mut nll, mut scratch) = (vec![0.0; rows], Vec::new());
         let flops = 4 * rows * VOCABULARY * HIDDEN;
         let shape = format!("{HIDDEN} to {VOCABULARY}, bf16");
         self.measure(("cross-entropy", shape), (flops, Unit::Flops), |cpu| {
-            let gradient = Some((&mut dhidden[..], 1e-3));
+            let gradient = Some((&mut dhidden, 1e-3));
             let map = LogitMap::IDENTITY;
             cpu.cross_entropy(&mut nll, gradient, &hidden, &targets, &head, map, &mut scratch);
         });
@@ -293,7 +295,7 @@ impl Bench {
     fn row_wise(&mut self) {
         let tokens = self.tokens;
         let (x, dy, weight) = (drawn(tokens * HIDDEN), drawn(tokens * HIDDEN), drawn(HIDDEN));
-        let mut y = vec![0.0; x.len()];
+        let mut y = Buffer::zeros(x.len());
         let bytes = |values: usize| (values * size_of::<f32>(), Unit::Bytes);
         let hidden = format!("{HIDDEN}");
         self.measure(("norm", hidden.clone()), bytes(2 * y.len()), |cpu| {
@@ -322,7 +324,7 @@ impl Bench {
 }
 
 /// A fixed sequence of values in ±0.5.
-fn drawn(count: usize) -> Vec<f32> {
+fn drawn(count: usize) -> Buffer {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

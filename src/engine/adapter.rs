@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::backend::{Lora, LoraGradient};
+use crate::backend::{Buffer, Lora, LoraGradient};
 use crate::model::Model;
 
 mod contents;
@@ -156,11 +156,11 @@ pub struct Module {
     /// What this pair's update is multiplied by: alpha / R, or alpha / sqrt(R) for rsLoRA.
     pub scale: f32,
     /// (R, in)
-    pub a: Vec<f32>,
+    pub a: Buffer,
     /// (out, R)
-    pub b: Vec<f32>,
+    pub b: Buffer,
     /// DoRA's length of each row of the adapted weight (out).
-    pub magnitude: Option<Vec<f32>>,
+    pub magnitude: Option<Buffer>,
     norms: Norms,
 }
 
@@ -175,7 +175,7 @@ impl Adapter {
         for index in 0..adapter.slots.len() {
             let Some(slot) = adapter.slots[index] else { continue };
             if adapter.modules[slot].magnitude.is_some() {
-                adapter.modules[slot].magnitude = Some(model.row_norms(&adapter, index));
+                adapter.modules[slot].magnitude = Some(model.row_norms(&adapter, index).into());
             }
         }
         if config.train_ssm {
@@ -233,9 +233,9 @@ impl Adapter {
                 name: name.clone(),
                 rank,
                 scale: if shape.rslora { alpha / (rank as f32).sqrt() } else { alpha / rank as f32 },
-                a: vec![0.0; rank * input],
-                b: vec![0.0; out * rank],
-                magnitude: shape.dora.then(|| vec![0.0; *out]),
+                a: Buffer::zeros(rank * input),
+                b: Buffer::zeros(out * rank),
+                magnitude: shape.dora.then(|| Buffer::zeros(*out)),
                 norms: Norms::default(),
             });
         }
@@ -327,9 +327,9 @@ impl Adapter {
         index: usize,
         model: u64,
         compute: impl FnOnce() -> Vec<f32>,
-    ) -> Option<(&[f32], std::sync::Arc<[f32]>)> {
+    ) -> Option<(&Buffer, std::sync::Arc<[f32]>)> {
         let module = &self.modules[self.slots[index]?];
-        let magnitude = module.magnitude.as_deref()?;
+        let magnitude = module.magnitude.as_ref()?;
         Some((magnitude, module.norms.get(model, compute)))
     }
 }
@@ -430,8 +430,8 @@ impl Gradients {
     }
 
     /// The gradient of DoRA's magnitudes (out) at linear layer `index`.
-    pub(crate) fn magnitude(&mut self, index: usize) -> Option<&mut [f32]> {
-        self.modules[self.slots[index]?].magnitude.as_deref_mut()
+    pub(crate) fn magnitude(&mut self, index: usize) -> Option<&mut Buffer> {
+        self.modules[self.slots[index]?].magnitude.as_mut()
     }
 }
 

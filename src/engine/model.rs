@@ -8,6 +8,7 @@
 //! ```
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
@@ -93,7 +94,7 @@ pub enum ModelError {
 pub struct Model {
     config: ModelConfig,
     decoder: Decoder,
-    backend: Box<dyn Backend>,
+    backend: Arc<dyn Backend>,
     /// Unlike that of any other model of this process.
     number: u64,
 }
@@ -123,9 +124,11 @@ impl Model {
         source: &dyn TensorSource,
         device: &Compute,
     ) -> Result<Self, ModelError> {
-        let decoder = assemble::decoder(&config, source)?;
+        let backend = device.backend()?;
+        let mut decoder = assemble::decoder(&config, source)?;
+        decoder.place(&*backend, config.tie_word_embeddings);
         let number = MODELS.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { config, decoder, backend: device.backend()?, number })
+        Ok(Self { config, decoder, backend, number })
     }
 
     /// The model's description.
@@ -214,7 +217,7 @@ impl Model {
         }
         let losses = self.inside(|| {
             let (positions, spans) = pack.layout();
-            self.decoder.prepare(workspace, &positions);
+            self.decoder.prepare(&*self.backend, workspace, &positions);
             let mut pass = self.pass(Some(adapter), &positions, &spans);
             pass.noise = pack.noise.as_ref().map(|noise| RowNoise::new(noise, &pack.starts));
             self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
@@ -288,7 +291,7 @@ impl Model {
 
     /// An empty cache for one sequence of up to so many tokens for each of `capacities`.
     pub fn new_cache_of(&self, capacities: &[usize]) -> KvCache {
-        KvCache::new(self.decoder.kept(), capacities)
+        KvCache::new(&self.backend, self.decoder.kept(), capacities)
     }
 
     /// Feeds new tokens to each sequence of the cache (many: prefill; one: a decoding step; none: the
@@ -384,7 +387,7 @@ impl Model {
         self.check(adapter, &fed)?;
         if !fed.is_empty() {
             self.inside(|| {
-                self.decoder.prepare(workspace, &layout.positions);
+                self.decoder.prepare(&*self.backend, workspace, &layout.positions);
                 let pass = self.pass(adapter, &layout.positions, &layout.spans);
                 self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout)))
             })?;
@@ -402,7 +405,7 @@ impl Model {
         self.check(adapter, &pack.tokens)?;
         self.inside(|| {
             let (positions, spans) = pack.layout();
-            self.decoder.prepare(workspace, &positions);
+            self.decoder.prepare(&*self.backend, workspace, &positions);
             let pass = self.pass(adapter, &positions, &spans);
             self.decoder.forward(&pass, &pack.tokens, workspace, keep, None)
         })

@@ -5,6 +5,7 @@
 use safetensors::tensor::SafeTensors;
 
 use super::{AdapterError, LinearName};
+use crate::backend::Buffer;
 
 const PREFIX: &str = "base_model.model.";
 const LEAVES: [&str; 3] = ["A_log", "D", "dt_bias"];
@@ -15,11 +16,11 @@ pub struct StateSpace {
     /// The layer's full name, `model.layers.0.mamba`.
     pub name: String,
     /// The logarithm of the rate of decay.
-    pub a_log: Vec<f32>,
+    pub a_log: Buffer,
     /// What of x is added to y at once: D.
-    pub skip: Vec<f32>,
+    pub skip: Buffer,
     /// Added to dt before its softplus.
-    pub dt_bias: Vec<f32>,
+    pub dt_bias: Buffer,
 }
 
 impl StateSpace {
@@ -30,7 +31,7 @@ impl StateSpace {
 
     /// -exp(A_log) (H).
     pub(crate) fn rate(&self) -> Vec<f32> {
-        rate(&self.a_log)
+        rate(&self.a_log.host())
     }
 
     /// Whether the two are of the same layer.
@@ -39,13 +40,13 @@ impl StateSpace {
     }
 
     pub(super) fn tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        let values = [&self.a_log[..], &self.skip, &self.dt_bias];
+        let values = [&self.a_log[..], &self.skip[..], &self.dt_bias[..]];
         LEAVES.into_iter().map(|leaf| key(&self.name, leaf)).zip(values)
     }
 
     pub(super) fn tensors_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
         let Self { name, a_log, skip, dt_bias } = self;
-        let values = [&mut a_log[..], skip, dt_bias];
+        let values = [&mut a_log[..], &mut skip[..], &mut dt_bias[..]];
         LEAVES.map(|leaf| key(name, leaf)).into_iter().zip(values)
     }
 
@@ -57,7 +58,7 @@ impl StateSpace {
             else {
                 continue;
             };
-            let zeros = vec![0.0; view.shape().iter().product()];
+            let zeros = Buffer::zeros(view.shape().iter().product());
             let (a_log, skip, dt_bias) = (zeros.clone(), zeros.clone(), zeros);
             found.push(Self { name: layer.to_owned(), a_log, skip, dt_bias });
         }

@@ -3,7 +3,7 @@
 //! A set that rounds factors may err twice as far as plain loops that round them.
 
 use super::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Cpu, LogitMap, Lora,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Buffer, Cpu, LogitMap, Lora,
     LoraGradient, Reference, RopeTable, Rotation, Span, Write,
 };
 use crate::matrix::{Bytes, Matrix, Values};
@@ -12,7 +12,7 @@ use crate::quant::Nf4;
 mod recurrent;
 
 /// Values in ±1 that repeat for the same seed.
-fn noise(seed: u64, len: usize) -> Vec<f32> {
+fn noise(seed: u64, len: usize) -> Buffer {
     let mut state = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -23,9 +23,14 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
+/// What an operation is to overwrite.
+fn nines(len: usize) -> Buffer {
+    vec![9.0; len].into()
+}
+
 /// Runs `operation`, which gives its outputs, on the reference and, for every instruction set of this CPU, on
 /// `Cpu` with 1, 2 and 3 threads.
-fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec<f32>>) {
+fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
     let expected = operation(&Reference::EXACT);
     let mut bits_by_set = Vec::new();
     for (set, cpu) in Cpu::all(1) {
@@ -48,14 +53,14 @@ fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Vec
     }
 }
 
-fn bits(outputs: &[Vec<f32>]) -> Vec<u32> {
-    outputs.concat().into_iter().map(f32::to_bits).collect()
+fn bits(outputs: &[Buffer]) -> Vec<u32> {
+    outputs.iter().flat_map(|output| output.iter().map(|value| value.to_bits())).collect()
 }
 
-fn close(what: &str, tolerance: f32, got: &[Vec<f32>], expected: &[Vec<f32>]) {
+fn close(what: &str, tolerance: f32, got: &[Buffer], expected: &[Buffer]) {
     for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
         let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-        for (place, (got, expected)) in got.iter().zip(expected).enumerate() {
+        for (place, (got, expected)) in got.iter().zip(&**expected).enumerate() {
             let allowed = tolerance * (largest + 1e-3);
             let error = (got - expected).abs();
             assert!(error <= allowed, "{what}: output {index} at {place} is {got}, reference {expected}");
@@ -63,17 +68,11 @@ fn close(what: &str, tolerance: f32, got: &[Vec<f32>], expected: &[Vec<f32>]) {
     }
 }
 
-fn within_twice_naive(
-    what: &str,
-    tolerance: f32,
-    got: &[Vec<f32>],
-    naive: &[Vec<f32>],
-    expected: &[Vec<f32>],
-) {
+fn within_twice_naive(what: &str, tolerance: f32, got: &[Buffer], naive: &[Buffer], expected: &[Buffer]) {
     for (index, ((got, naive), expected)) in got.iter().zip(naive).zip(expected).enumerate() {
         let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
         let worst = |values: &[f32]| {
-            let errors = values.iter().zip(expected).map(|(value, expected)| (value - expected).abs());
+            let errors = values.iter().zip(&**expected).map(|(value, expected)| (value - expected).abs());
             errors.fold(0.0f32, |worst, error| if error > worst || error.is_nan() { error } else { worst })
         };
         // What nothing was rounded for is as exact as elsewhere.
@@ -146,11 +145,13 @@ fn row_of_a_product_does_not_depend_on_the_rows_beside_it() {
                 let mut together = before.clone();
                 cpu.linear(&mut together, &x, &weight, Write::Add);
                 for step in [1, 2, 3, 4, 7, 50] {
-                    let mut apart = before.clone();
-                    for (y, x) in apart.chunks_mut(step * n).zip(x.chunks(step * k)) {
-                        cpu.linear(y, x, &weight, Write::Add);
+                    let mut apart = Vec::new();
+                    for (y, x) in before.chunks(step * n).zip(x.chunks(step * k)) {
+                        let (mut y, x) = (Buffer::from(y.to_vec()), x.to_vec().into());
+                        cpu.linear(&mut y, &x, &weight, Write::Add);
+                        apart.extend_from_slice(&y);
                     }
-                    let same = apart.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
+                    let same = apart.iter().zip(&*together).all(|(a, b)| a.to_bits() == b.to_bits());
                     assert!(same, "{set} {n}x{k} {encoding}: {step} rows at a time give other bits");
                 }
             }
@@ -165,10 +166,10 @@ fn lora_and_its_backward() {
             let (a, b) = (noise(1, rank * k), noise(2, n * rank));
             let lora = Lora { a: &a, b: &b, rank, scale: 0.7 };
             let (x, dy) = (noise(3, tokens * k), noise(4, tokens * n));
-            let (mut y, mut h) = (noise(5, tokens * n), vec![9.0; tokens * rank]);
+            let (mut y, mut h) = (noise(5, tokens * n), nines(tokens * rank));
             backend.lora(&mut y, &mut h, &x, &lora);
             let (mut da, mut db, mut dx) = (noise(6, rank * k), noise(7, n * rank), noise(8, tokens * k));
-            let mut dh = vec![9.0; tokens * rank];
+            let mut dh = nines(tokens * rank);
             let gradient = LoraGradient { da: &mut da, db: &mut db };
             backend.lora_backward(gradient, Some(&mut dx), &mut dh, &dy, &x, &h, &lora);
             let gradient = LoraGradient { da: &mut da, db: &mut db };
@@ -193,13 +194,13 @@ fn adapted_linear_and_its_backward() {
                 let (a, b) = (noise(11, rank * k), noise(12, n * rank));
                 let lora = Lora { a: &a, b: &b, rank, scale: 0.7 };
                 let (x, dy) = (noise(3, tokens * k), noise(4, tokens * n));
-                let (mut y, mut h) = (vec![9.0; tokens * n], vec![9.0; tokens * rank]);
+                let (mut y, mut h) = (nines(tokens * n), nines(tokens * rank));
                 backend.adapted(&mut y, &mut h, &x, &weight, &lora);
                 let (mut da, mut db, mut dx) = (noise(6, rank * k), noise(7, n * rank), noise(8, tokens * k));
-                let mut dh = vec![9.0; tokens * rank];
+                let mut dh = nines(tokens * rank);
                 for write in [Write::Add, Write::Overwrite] {
                     let gradient = LoraGradient { da: &mut da, db: &mut db };
-                    let dx = (&mut dx[..], write);
+                    let dx = (&mut dx, write);
                     backend.adapted_backward(gradient, dx, &mut dh, &dy, &x, &h, &weight, &lora);
                 }
                 vec![y, h, da, db, dh, dx]
@@ -216,7 +217,7 @@ fn norm_and_its_backward() {
     {
         check(&format!("norm {tokens}x{c} by {group}"), 1e-5, |backend| {
             let (x, weight, dy) = (noise(1, tokens * c), noise(2, c), noise(3, tokens * c));
-            let (mut y, mut dx) = (vec![9.0; tokens * c], noise(4, tokens * c));
+            let (mut y, mut dx) = (nines(tokens * c), noise(4, tokens * c));
             backend.rms_norm(&mut y, &x, &weight, group, 1e-5);
             backend.rms_norm_backward(&mut dx, &dy, &x, &weight, group, 1e-5);
             vec![y, dx]
@@ -229,9 +230,9 @@ fn elementwise_operations() {
     for len in [1, 15, 16, 100, 40_003] {
         for activation in [Activation::Silu, Activation::GeluTanh] {
             check(&format!("elementwise {len} {activation:?}"), 1e-5, |backend| {
-                let wide = |seed| -> Vec<f32> { noise(seed, len).iter().map(|value| 20.0 * value).collect() };
+                let wide = |seed| -> Buffer { noise(seed, len).iter().map(|value| 20.0 * value).collect() };
                 let (mut gate, mut up, dy) = (wide(1), wide(2), noise(3, len));
-                let mut y = vec![9.0; len];
+                let mut y = nines(len);
                 backend.glu(&mut y, &gate, &up, activation);
                 backend.glu_backward(&mut gate, &mut up, &dy, activation);
                 let mut sum = dy.clone();
@@ -255,10 +256,10 @@ fn split_is_what_join_puts_together() {
     for (rows, widths) in [(1, [1, 1, 1]), (3, [5, 2, 7]), (100, [64, 80, 3])] {
         let x = noise(1, rows * widths.iter().sum::<usize>());
         check(&format!("split {rows} rows into {widths:?}"), 0.0, |backend| {
-            let mut parts = widths.map(|width| vec![9.0; rows * width]);
+            let mut parts = widths.map(|width| nines(rows * width));
             let [a, b, c] = &mut parts;
             backend.split(&mut [a, b, c], &x, rows);
-            let mut joined = vec![9.0; x.len()];
+            let mut joined = nines(x.len());
             let [a, b, c] = &parts;
             backend.join(&mut joined, &[a, b, c], rows);
             assert_eq!(joined, x);
@@ -281,7 +282,7 @@ fn rotation_and_back() {
         backend.rope(&mut there, heads, dim, &table, &positions, Rotation::Forward);
         let mut back = there.clone();
         backend.rope(&mut back, heads, dim, &table, &positions, Rotation::Backward);
-        assert!(back.iter().zip(&x).all(|(back, x)| (back - x).abs() < 1e-5));
+        assert!(back.iter().zip(&*x).all(|(back, x)| (back - x).abs() < 1e-5));
         vec![there, back]
     });
 }
@@ -330,9 +331,9 @@ fn attention_and_its_backward() {
             check(&format!("attention {what}"), 2e-5, |backend| {
                 let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
                 let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
-                let (mut out, mut logsumexp) = (vec![9.0; width], vec![9.0; tokens * heads]);
+                let (mut out, mut logsumexp) = (nines(width), nines(tokens * heads));
                 backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
-                let (mut dq, mut dk, mut dv) = (vec![9.0; width], vec![9.0; kv_width], vec![9.0; kv_width]);
+                let (mut dq, mut dk, mut dv) = (nines(width), nines(kv_width), nines(kv_width));
                 let gradient = AttentionGradient { dq: &mut dq, dk: &mut dk, dv: &mut dv };
                 let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &out, logsumexp: &logsumexp };
                 backend.attention_backward(gradient, &noise(4, width), &saved, &shape, &mut Vec::new());
@@ -361,7 +362,7 @@ fn attention_over_a_cache() {
     for shape in attention_kinds(plain) {
         check(&format!("cached attention {:?}", shape.window), 1e-5, |backend| {
             let (q, k, v) = (noise(1, 72 * 24), noise(2, 120 * 12), noise(3, 120 * 12));
-            let (mut out, mut logsumexp) = (vec![9.0; 72 * 24], vec![9.0; 72 * 4]);
+            let (mut out, mut logsumexp) = (nines(72 * 24), nines(72 * 4));
             backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);
             vec![out, logsumexp]
         });
@@ -382,8 +383,8 @@ fn window_hides_what_lies_before_it() {
     };
     let (q, k) = (noise(1, 70 * 8), noise(2, 70 * 4));
     for backend in [&Reference::EXACT as &dyn Backend, &Cpu::new(2).unwrap()] {
-        let run = |window, v: &[f32]| {
-            let (mut out, mut logsumexp) = (vec![9.0; 70 * 8], vec![9.0; 70 * 2]);
+        let run = |window, v: &Buffer| {
+            let (mut out, mut logsumexp) = (nines(70 * 8), nines(70 * 2));
             backend.attention(&mut out, &mut logsumexp, &q, &k, v, &shape(window));
             out
         };
@@ -407,13 +408,13 @@ fn embedding_and_cross_entropy() {
         for ((encoding, head), map) in encodings(vocabulary, c).into_iter().zip(maps) {
             check(&format!("cross-entropy {rows}x{vocabulary}x{c} {encoding} {map:?}"), 1e-5, |backend| {
                 let targets: Vec<u32> = (0..rows).map(|row| (row * 37 % vocabulary) as u32).collect();
-                let mut hidden = vec![9.0; rows * c];
+                let mut hidden = nines(rows * c);
                 backend.embed(&mut hidden, &head, &targets);
                 // Small logits, or the target's would stand out so far that its loss is all rounding.
                 hidden.iter_mut().for_each(|value| *value *= 0.1);
                 let (mut nll, mut again) = (vec![9.0; rows], vec![9.0; rows]);
-                let mut dhidden = vec![9.0; rows * c];
-                let gradient = Some((&mut dhidden[..], 0.3));
+                let mut dhidden = nines(rows * c);
+                let gradient = Some((&mut dhidden, 0.3));
                 backend.cross_entropy(&mut nll, gradient, &hidden, &targets, &head, map, &mut Vec::new());
                 backend.cross_entropy(&mut again, None, &hidden, &targets, &head, map, &mut Vec::new());
                 assert_eq!(nll, again);

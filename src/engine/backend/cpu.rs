@@ -14,8 +14,8 @@
 use rayon::prelude::*;
 
 use super::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Carry, Convolution,
-    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Carry,
+    Convolution, LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Write,
 };
 use crate::matrix::Matrix;
 
@@ -147,56 +147,57 @@ impl Backend for Cpu {
         self.pool.install(work);
     }
 
-    fn linear(&self, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
+    fn linear(&self, y: &mut Buffer, x: &Buffer, weight: &Matrix, write: Write) {
         linear::forward(self, y, x, weight, write);
     }
 
-    fn linear_backward(&self, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
+    fn linear_backward(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write) {
         linear::backward(self, dx, dy, weight, write);
     }
 
-    fn lora(&self, y: &mut [f32], h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
+    fn lora(&self, y: &mut Buffer, h: &mut Buffer, x: &Buffer, lora: &Lora<'_>) {
         linear::lora_forward(self, y, h, x, lora);
     }
 
     fn lora_backward(
         &self,
         gradient: LoraGradient<'_>,
-        dx: Option<&mut [f32]>,
-        dh: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
-        h: &[f32],
+        dx: Option<&mut Buffer>,
+        dh: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        h: &Buffer,
         lora: &Lora<'_>,
     ) {
-        linear::lora_backward(self, gradient, dx, dh, dy, x, h, lora);
+        linear::lora_backward(self, gradient, dx.map(|dx| &mut **dx), dh, dy, x, h, lora);
     }
 
-    fn adapted(&self, y: &mut [f32], h: &mut [f32], x: &[f32], weight: &Matrix, lora: &Lora<'_>) {
+    fn adapted(&self, y: &mut Buffer, h: &mut Buffer, x: &Buffer, weight: &Matrix, lora: &Lora<'_>) {
         linear::adapted_forward(self, y, h, x, weight, lora);
     }
 
     fn adapted_backward(
         &self,
         gradient: LoraGradient<'_>,
-        dx: (&mut [f32], Write),
-        dh: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
-        h: &[f32],
+        dx: (&mut Buffer, Write),
+        dh: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        h: &Buffer,
         weight: &Matrix,
         lora: &Lora<'_>,
     ) {
+        let dx = (&mut **dx.0, dx.1);
         linear::adapted_backward(self, gradient, dx, dh, dy, x, h, weight, lora);
     }
 
-    fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
+    fn add_bias(&self, y: &mut Buffer, bias: &Buffer) {
         self.run_over(y, TASK_ROWS * bias.len(), |_, rows| {
             rows.chunks_exact_mut(bias.len()).for_each(|row| rows::add(row, bias));
         });
     }
 
-    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32) {
+    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, weight: &Buffer, group: usize, epsilon: f32) {
         assert_eq!(y.len(), x.len(), "BUG: shape of a norm");
         self.run_over(y, norm_step(weight), |start, y| {
             rows::rms_norm(y, &x[start..start + y.len()], weight, group, epsilon);
@@ -205,10 +206,10 @@ impl Backend for Cpu {
 
     fn rms_norm_backward(
         &self,
-        dx: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
-        weight: &[f32],
+        dx: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        weight: &Buffer,
         group: usize,
         epsilon: f32,
     ) {
@@ -221,7 +222,7 @@ impl Backend for Cpu {
 
     fn rope(
         &self,
-        x: &mut [f32],
+        x: &mut Buffer,
         heads: usize,
         head_dim: usize,
         table: &RopeTable,
@@ -242,11 +243,11 @@ impl Backend for Cpu {
 
     fn attention(
         &self,
-        out: &mut [f32],
-        logsumexp: &mut [f32],
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
+        out: &mut Buffer,
+        logsumexp: &mut Buffer,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
         shape: &AttentionShape<'_>,
     ) {
         attention::forward(self, out, logsumexp, q, k, v, shape);
@@ -255,7 +256,7 @@ impl Backend for Cpu {
     fn attention_backward(
         &self,
         gradient: AttentionGradient<'_>,
-        dout: &[f32],
+        dout: &Buffer,
         saved: &AttentionSaved<'_>,
         shape: &AttentionShape<'_>,
         scratch: &mut Vec<f32>,
@@ -263,7 +264,7 @@ impl Backend for Cpu {
         attention::backward(self, gradient, dout, saved, shape, scratch);
     }
 
-    fn glu(&self, y: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
+    fn glu(&self, y: &mut Buffer, gate: &Buffer, up: &Buffer, activation: Activation) {
         self.run_over(y, TASK_VALUES, |start, y| {
             let (gate, up) = (&gate[start..start + y.len()], &up[start..start + y.len()]);
             match activation {
@@ -273,7 +274,7 @@ impl Backend for Cpu {
         });
     }
 
-    fn glu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: Activation) {
+    fn glu_backward(&self, gate: &mut Buffer, up: &mut Buffer, dy: &Buffer, activation: Activation) {
         assert!(gate.len() == dy.len() && up.len() == dy.len(), "BUG: shape of a gate");
         let up = Shared::new(up);
         self.run_over(gate, TASK_VALUES, |start, gate| {
@@ -287,7 +288,7 @@ impl Backend for Cpu {
         });
     }
 
-    fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]) {
+    fn embed(&self, y: &mut Buffer, table: &Matrix, tokens: &[u32]) {
         self.run_over(y, TASK_ROWS * table.cols, |start, rows| {
             let tokens = &tokens[start / table.cols..];
             for (row, &token) in rows.chunks_exact_mut(table.cols).zip(tokens) {
@@ -299,32 +300,33 @@ impl Backend for Cpu {
     fn cross_entropy(
         &self,
         nll: &mut [f64],
-        gradient: Option<(&mut [f32], f32)>,
-        hidden: &[f32],
+        gradient: Option<(&mut Buffer, f32)>,
+        hidden: &Buffer,
         targets: &[u32],
         head: &Matrix,
         map: LogitMap,
         scratch: &mut Vec<f32>,
     ) {
+        let gradient = gradient.map(|(dhidden, scale)| (&mut **dhidden, scale));
         entropy::cross_entropy(self, nll, gradient, hidden, targets, head, map, scratch);
     }
 
-    fn map_logits(&self, logits: &mut [f32], map: LogitMap) {
+    fn map_logits(&self, logits: &mut Buffer, map: LogitMap) {
         if map != LogitMap::IDENTITY {
             self.run_over(logits, TASK_VALUES, |_, logits| rows::map_logits(logits, map));
         }
     }
 
-    fn add(&self, y: &mut [f32], x: &[f32]) {
+    fn add(&self, y: &mut Buffer, x: &Buffer) {
         assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
         self.run_over(y, TASK_VALUES, |start, y| rows::add(y, &x[start..start + y.len()]));
     }
 
-    fn scale(&self, y: &mut [f32], factor: f32) {
+    fn scale(&self, y: &mut Buffer, factor: f32) {
         self.run_over(y, TASK_VALUES, |_, y| rows::scale(y, factor));
     }
 
-    fn split(&self, parts: &mut [&mut [f32]], x: &[f32], rows: usize) {
+    fn split(&self, parts: &mut [&mut Buffer], x: &Buffer, rows: usize) {
         let width = x.len() / rows;
         assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), x.len(), "BUG: parts of a split");
         let mut start = 0;
@@ -340,7 +342,7 @@ impl Backend for Cpu {
         }
     }
 
-    fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize) {
+    fn join(&self, x: &mut Buffer, parts: &[&Buffer], rows: usize) {
         let width = x.len() / rows;
         assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), x.len(), "BUG: parts of a join");
         self.run_over(x, TASK_ROWS * width, |at, x| {
@@ -355,29 +357,29 @@ impl Backend for Cpu {
         });
     }
 
-    fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
+    fn causal_conv(&self, y: &mut Buffer, x: &Buffer, conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
         conv::forward(self, y, x, conv, carry);
     }
 
     fn causal_conv_backward(
         &self,
-        dx: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
+        dx: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
         conv: &Convolution<'_>,
         scratch: &mut Vec<f32>,
     ) {
         conv::backward(self, dx, dy, x, conv, scratch);
     }
 
-    fn scan(&self, y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
+    fn scan(&self, y: &mut Buffer, input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
         scan::forward(self, y, input, scan, carry);
     }
 
     fn scan_backward(
         &self,
         gradient: ScanGradient<'_>,
-        dy: &[f32],
+        dy: &Buffer,
         input: &ScanInput<'_>,
         scan: &Scan<'_>,
         scratch: &mut Vec<f32>,

@@ -2,8 +2,9 @@
 //! `conformance` holds the fast backend against it. Sums run in f64 so that its own error is negligible.
 
 use super::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Carry, Convolution,
-    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Span, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Carry,
+    Convolution, LogitMap, Lora, LoraGradient, RopeTable, Rotation, Scan, ScanGradient, ScanInput, Span,
+    Write,
 };
 use crate::matrix::Matrix;
 
@@ -67,19 +68,19 @@ impl Backend for Reference {
         work();
     }
 
-    fn linear(&self, y: &mut [f32], x: &[f32], weight: &Matrix, write: Write) {
+    fn linear(&self, y: &mut Buffer, x: &Buffer, weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
         let (x, w) = (self.factors(x), self.factors(&weight.to_f32()));
         product(y, (x.len() / k, n, k), 1.0, write, |t, l| x[t * k + l], |l, j| w[j * k + l]);
     }
 
-    fn linear_backward(&self, dx: &mut [f32], dy: &[f32], weight: &Matrix, write: Write) {
+    fn linear_backward(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
         let (dy, w) = (self.factors(dy), self.factors(&weight.to_f32()));
         product(dx, (dy.len() / n, k, n), 1.0, write, |t, l| dy[t * n + l], |l, j| w[l * k + j]);
     }
 
-    fn lora(&self, y: &mut [f32], h: &mut [f32], x: &[f32], lora: &Lora<'_>) {
+    fn lora(&self, y: &mut Buffer, h: &mut Buffer, x: &Buffer, lora: &Lora<'_>) {
         let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
         let t = x.len() / k;
         product(h, (t, r, k), 1.0, Write::Overwrite, |i, l| x[i * k + l], |l, j| lora.a[j * k + l]);
@@ -89,11 +90,11 @@ impl Backend for Reference {
     fn lora_backward(
         &self,
         gradient: LoraGradient<'_>,
-        dx: Option<&mut [f32]>,
-        dh: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
-        h: &[f32],
+        dx: Option<&mut Buffer>,
+        dh: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        h: &Buffer,
         lora: &Lora<'_>,
     ) {
         let (r, k, n) = (lora.rank, lora.a.len() / lora.rank, lora.b.len() / lora.rank);
@@ -106,13 +107,13 @@ impl Backend for Reference {
         }
     }
 
-    fn add_bias(&self, y: &mut [f32], bias: &[f32]) {
+    fn add_bias(&self, y: &mut Buffer, bias: &Buffer) {
         for row in y.chunks_exact_mut(bias.len()) {
-            self.add(row, bias);
+            row.iter_mut().zip(&**bias).for_each(|(y, bias)| *y += bias);
         }
     }
 
-    fn rms_norm(&self, y: &mut [f32], x: &[f32], weight: &[f32], group: usize, epsilon: f32) {
+    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, weight: &Buffer, group: usize, epsilon: f32) {
         let weights = weight.chunks_exact(group).cycle();
         for ((y, x), weight) in y.chunks_exact_mut(group).zip(x.chunks_exact(group)).zip(weights) {
             let inverse = inverse_rms(x, epsilon);
@@ -124,10 +125,10 @@ impl Backend for Reference {
 
     fn rms_norm_backward(
         &self,
-        dx: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
-        weight: &[f32],
+        dx: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        weight: &Buffer,
         group: usize,
         epsilon: f32,
     ) {
@@ -145,7 +146,7 @@ impl Backend for Reference {
 
     fn rope(
         &self,
-        x: &mut [f32],
+        x: &mut Buffer,
         heads: usize,
         head_dim: usize,
         table: &RopeTable,
@@ -171,11 +172,11 @@ impl Backend for Reference {
 
     fn attention(
         &self,
-        out: &mut [f32],
-        logsumexp: &mut [f32],
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
+        out: &mut Buffer,
+        logsumexp: &mut Buffer,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
         shape: &AttentionShape<'_>,
     ) {
         each_query(shape, |at| {
@@ -200,7 +201,7 @@ impl Backend for Reference {
     fn attention_backward(
         &self,
         gradient: AttentionGradient<'_>,
-        dout: &[f32],
+        dout: &Buffer,
         saved: &AttentionSaved<'_>,
         shape: &AttentionShape<'_>,
         _scratch: &mut Vec<f32>,
@@ -232,13 +233,13 @@ impl Backend for Reference {
         });
     }
 
-    fn glu(&self, y: &mut [f32], gate: &[f32], up: &[f32], activation: Activation) {
+    fn glu(&self, y: &mut Buffer, gate: &Buffer, up: &Buffer, activation: Activation) {
         for i in 0..y.len() {
             y[i] = activate(gate[i], activation).0 * up[i];
         }
     }
 
-    fn glu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: Activation) {
+    fn glu_backward(&self, gate: &mut Buffer, up: &mut Buffer, dy: &Buffer, activation: Activation) {
         for i in 0..dy.len() {
             let (value, slope) = activate(gate[i], activation);
             gate[i] = dy[i] * up[i] * slope;
@@ -246,7 +247,7 @@ impl Backend for Reference {
         }
     }
 
-    fn embed(&self, y: &mut [f32], table: &Matrix, tokens: &[u32]) {
+    fn embed(&self, y: &mut Buffer, table: &Matrix, tokens: &[u32]) {
         for (row, &token) in y.chunks_exact_mut(table.cols).zip(tokens) {
             table.decode(token as usize * table.cols, row);
         }
@@ -255,8 +256,8 @@ impl Backend for Reference {
     fn cross_entropy(
         &self,
         nll: &mut [f64],
-        mut gradient: Option<(&mut [f32], f32)>,
-        hidden: &[f32],
+        mut gradient: Option<(&mut Buffer, f32)>,
+        hidden: &Buffer,
         targets: &[u32],
         head: &Matrix,
         map: LogitMap,
@@ -287,26 +288,26 @@ impl Backend for Reference {
         }
     }
 
-    fn add(&self, y: &mut [f32], x: &[f32]) {
+    fn add(&self, y: &mut Buffer, x: &Buffer) {
         assert_eq!(y.len(), x.len(), "BUG: shape of a sum");
-        for (y, x) in y.iter_mut().zip(x) {
+        for (y, x) in y.iter_mut().zip(&**x) {
             *y += x;
         }
     }
 
-    fn map_logits(&self, logits: &mut [f32], map: LogitMap) {
-        for logit in logits {
+    fn map_logits(&self, logits: &mut Buffer, map: LogitMap) {
+        for logit in &mut **logits {
             *logit = mapped(f64::from(*logit), map).0 as f32;
         }
     }
 
-    fn scale(&self, y: &mut [f32], factor: f32) {
-        for y in y {
+    fn scale(&self, y: &mut Buffer, factor: f32) {
+        for y in &mut **y {
             *y *= factor;
         }
     }
 
-    fn split(&self, parts: &mut [&mut [f32]], x: &[f32], rows: usize) {
+    fn split(&self, parts: &mut [&mut Buffer], x: &Buffer, rows: usize) {
         let width = x.len() / rows;
         let mut start = 0;
         for part in parts {
@@ -319,7 +320,7 @@ impl Backend for Reference {
         assert_eq!(start, width, "BUG: parts of a split");
     }
 
-    fn join(&self, x: &mut [f32], parts: &[&[f32]], rows: usize) {
+    fn join(&self, x: &mut Buffer, parts: &[&Buffer], rows: usize) {
         let width = x.len() / rows;
         let mut start = 0;
         for part in parts {
@@ -332,29 +333,29 @@ impl Backend for Reference {
         assert_eq!(start, width, "BUG: parts of a join");
     }
 
-    fn causal_conv(&self, y: &mut [f32], x: &[f32], conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
+    fn causal_conv(&self, y: &mut Buffer, x: &Buffer, conv: &Convolution<'_>, carry: Option<Carry<'_>>) {
         recurrent::conv(y, x, conv, carry);
     }
 
     fn causal_conv_backward(
         &self,
-        dx: &mut [f32],
-        dy: &[f32],
-        x: &[f32],
+        dx: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
         conv: &Convolution<'_>,
         _scratch: &mut Vec<f32>,
     ) {
         recurrent::conv_backward(dx, dy, x, conv);
     }
 
-    fn scan(&self, y: &mut [f32], input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
+    fn scan(&self, y: &mut Buffer, input: &ScanInput<'_>, scan: &Scan<'_>, carry: Option<Carry<'_>>) {
         recurrent::scan(y, input, scan, carry);
     }
 
     fn scan_backward(
         &self,
         gradient: ScanGradient<'_>,
-        dy: &[f32],
+        dy: &Buffer,
         input: &ScanInput<'_>,
         scan: &Scan<'_>,
         _scratch: &mut Vec<f32>,

@@ -14,6 +14,7 @@ use super::blocks::rope::Frequencies;
 use super::config::{MambaOptions, Mixing, MlpLayout, ModelConfig, Positions};
 use super::decoder::{Decoder, Layer, Mixer};
 use crate::adapter::rate;
+use crate::backend::Buffer;
 use crate::matrix::Matrix;
 
 /// Gives tensors by Hugging Face's names, each checked to have the shape asked for.
@@ -198,15 +199,16 @@ impl Builder<'_> {
         let projected = inner + channels + options.heads;
         let in_proj = self.linear(format!("{prefix}.in_proj"), projected, c, options.proj_bias)?;
         let values = |name: &str, shape: &[usize]| self.source.values(&format!("{prefix}.{name}"), shape);
-        let conv_weight = values("conv1d.weight", &[channels, 1, options.taps])?;
+        let conv_weight = values("conv1d.weight", &[channels, 1, options.taps])?.into();
         let conv_bias = match options.conv_bias {
-            true => values("conv1d.bias", &[channels])?,
-            false => vec![0.0; channels],
+            true => values("conv1d.bias", &[channels])?.into(),
+            false => Buffer::zeros(channels),
         };
         let a_log = values("A_log", &[options.heads])?;
-        let rate = rate(&a_log);
-        let (dt_bias, skip) = (values("dt_bias", &[options.heads])?, values("D", &[options.heads])?);
-        let weight = values("norm.weight", &[inner])?;
+        let (rate, a_log) = (rate(&a_log).into(), a_log.into());
+        let dt_bias = values("dt_bias", &[options.heads])?.into();
+        let skip = values("D", &[options.heads])?.into();
+        let weight = values("norm.weight", &[inner])?.into();
         let group = inner / options.groups;
         let norm = Norm { weight, group, epsilon: self.config.rms_norm_eps };
         let out_proj = self.linear(format!("{prefix}.out_proj"), c, inner, options.proj_bias)?;
@@ -249,7 +251,7 @@ impl Builder<'_> {
     fn linear(&mut self, name: String, out: usize, input: usize, bias: bool) -> Result<Linear, ModelError> {
         let weight = self.source.linear(&format!("{name}.weight"), out, input)?;
         let bias = match bias {
-            true => Some(self.source.values(&format!("{name}.bias"), &[out])?),
+            true => Some(self.source.values(&format!("{name}.bias"), &[out])?.into()),
             false => None,
         };
         self.linears += 1;
@@ -261,6 +263,6 @@ impl Builder<'_> {
         if self.config.norms.offset {
             weight.iter_mut().for_each(|weight| *weight += 1.0);
         }
-        Ok(Norm { weight, group: len, epsilon: self.config.rms_norm_eps })
+        Ok(Norm { weight: weight.into(), group: len, epsilon: self.config.rms_norm_eps })
     }
 }

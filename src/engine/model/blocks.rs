@@ -3,7 +3,7 @@
 
 use super::noise::RowNoise;
 use crate::adapter::Adapter;
-use crate::backend::{Backend, Span};
+use crate::backend::{Backend, Buffer, Precision, Span};
 
 pub(super) mod attention;
 pub(super) mod linear;
@@ -25,4 +25,16 @@ pub(super) struct Pass<'a> {
     pub(super) noise: Option<RowNoise>,
     /// The model's number: what is remembered of its weights is remembered by this.
     pub(super) model: u64,
+}
+
+impl Pass<'_> {
+    /// Gives a buffer of activations the length `len`; contents are left over.
+    pub(super) fn sized<'b>(&self, buffer: &'b mut Buffer, len: usize) -> &'b mut Buffer {
+        self.backend.size(buffer, len, Precision::Rounded)
+    }
+
+    /// As [`Pass::sized`], for statistics and sums.
+    pub(super) fn exact<'b>(&self, buffer: &'b mut Buffer, len: usize) -> &'b mut Buffer {
+        self.backend.size(buffer, len, Precision::Exact)
+    }
 }

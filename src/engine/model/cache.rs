@@ -6,13 +6,15 @@
 //! stand beside the old ones until `advance`.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::ModelError;
-use crate::backend::{Carry, Span};
+use crate::backend::{Backend, Buffer, Carry, Precision, Span};
 
 /// The past of several sequences, for every layer.
 #[derive(Debug, Clone)]
 pub struct KvCache {
+    backend: Arc<dyn Backend>,
     pub(super) layers: Vec<LayerCache>,
     lengths: Vec<usize>,
     /// The rows of each sequence.
@@ -29,8 +31,8 @@ pub(super) enum LayerCache {
 /// Keys (after rotation) and values, (rows of all sequences, kv_heads·D) each.
 #[derive(Debug, Clone)]
 pub(super) struct KeysValues {
-    pub(super) k: Vec<f32>,
-    pub(super) v: Vec<f32>,
+    pub(super) k: Buffer,
+    pub(super) v: Buffer,
     width: usize,
 }
 
@@ -44,8 +46,8 @@ pub(super) struct RecurrentState {
 /// One block of values a sequence, as of its length, and as it will be after the pass under way.
 #[derive(Debug, Clone)]
 struct Slots {
-    past: Vec<f32>,
-    next: Vec<f32>,
+    past: Buffer,
+    next: Buffer,
     size: usize,
 }
 
@@ -85,31 +87,41 @@ impl RecurrentState {
 }
 
 impl Slots {
-    fn new(sequences: usize, size: usize) -> Self {
-        Self { past: vec![0.0; sequences * size], next: vec![0.0; sequences * size], size }
+    fn new(backend: &dyn Backend, sequences: usize, size: usize) -> Self {
+        let zeros = || zeros(backend, sequences * size, Precision::Exact);
+        Self { past: zeros(), next: zeros(), size }
     }
 
     fn carry<'a>(&'a mut self, slots: &'a [usize]) -> Carry<'a> {
         Carry { slots, past: &self.past, next: &mut self.next }
     }
 
-    fn commit(&mut self, slot: usize) {
-        let values = slot * self.size..(slot + 1) * self.size;
-        self.past[values.clone()].copy_from_slice(&self.next[values]);
+    fn commit(&mut self, backend: &dyn Backend, slot: usize) {
+        backend.copy_range(&mut self.past, &self.next, slot * self.size..(slot + 1) * self.size);
     }
 
-    fn fork(&mut self, from: usize, to: usize) {
-        self.past.copy_within(from * self.size..(from + 1) * self.size, to * self.size);
+    fn fork(&mut self, backend: &dyn Backend, from: usize, to: usize) {
+        backend.copy_within(&mut self.past, from * self.size..(from + 1) * self.size, to * self.size);
     }
 
-    fn clear(&mut self, slot: usize) {
-        self.past[slot * self.size..(slot + 1) * self.size].fill(0.0);
+    fn clear(&mut self, backend: &dyn Backend, slot: usize) {
+        backend.clear_range(&mut self.past, slot * self.size..(slot + 1) * self.size);
     }
+}
+
+fn zeros(backend: &dyn Backend, len: usize, precision: Precision) -> Buffer {
+    let mut buffer = Buffer::default();
+    backend.clear(backend.size(&mut buffer, len, precision));
+    buffer
 }
 
 impl KvCache {
     /// One sequence of up to so many tokens for each of `capacities`.
-    pub(super) fn new(layers: impl Iterator<Item = Kept>, capacities: &[usize]) -> Self {
+    pub(super) fn new(
+        backend: &Arc<dyn Backend>,
+        layers: impl Iterator<Item = Kept>,
+        capacities: &[usize],
+    ) -> Self {
         let mut rows = 0;
         let mut stretch = |capacity: &usize| {
             rows += capacity;
@@ -119,15 +131,16 @@ impl KvCache {
         let sequences = capacities.len();
         let layer = |kept| match kept {
             Kept::Rows { width } => {
-                let values = || vec![0.0; rows * width];
+                let values = || zeros(&**backend, rows * width, Precision::Rounded);
                 LayerCache::Attention(KeysValues { k: values(), v: values(), width })
             }
             Kept::States { conv, scan } => LayerCache::Mamba(RecurrentState {
-                conv: Slots::new(sequences, conv),
-                scan: Slots::new(sequences, scan),
+                conv: Slots::new(&**backend, sequences, conv),
+                scan: Slots::new(&**backend, sequences, scan),
             }),
         };
-        Self { layers: layers.map(layer).collect(), lengths: vec![0; sequences], stretches }
+        let layers = layers.map(layer).collect();
+        Self { backend: backend.clone(), layers, lengths: vec![0; sequences], stretches }
     }
 
     /// Number of tokens each sequence holds.
@@ -157,8 +170,8 @@ impl KvCache {
             if len > 0 {
                 return Err(ModelError::CacheKeepsNoPast { sequence, len });
             }
-            state.conv.clear(sequence);
-            state.scan.clear(sequence);
+            state.conv.clear(&*self.backend, sequence);
+            state.scan.clear(&*self.backend, sequence);
         }
         self.lengths[sequence] = len;
         Ok(())
@@ -173,12 +186,13 @@ impl KvCache {
                 LayerCache::Attention(KeysValues { k, v, width }) => {
                     let target = self.stretches[to].start * *width;
                     for values in [k, v] {
-                        values.copy_within(source * *width..(source + rows) * *width, target);
+                        let source = source * *width..(source + rows) * *width;
+                        self.backend.copy_within(values, source, target);
                     }
                 }
                 LayerCache::Mamba(state) => {
-                    state.conv.fork(from, to);
-                    state.scan.fork(from, to);
+                    state.conv.fork(&*self.backend, from, to);
+                    state.scan.fork(&*self.backend, from, to);
                 }
             }
         }
@@ -220,8 +234,8 @@ impl KvCache {
         for layer in &mut self.layers {
             let LayerCache::Mamba(state) = layer else { continue };
             for (slot, _) in tokens.iter().enumerate().filter(|(_, fed)| !fed.is_empty()) {
-                state.conv.commit(slot);
-                state.scan.commit(slot);
+                state.conv.commit(&*self.backend, slot);
+                state.scan.commit(&*self.backend, slot);
             }
         }
     }

@@ -13,10 +13,10 @@ use super::blocks::norm::Norm;
 use super::blocks::residual::Residual;
 use super::blocks::rope::{Frequencies, RopeBuffer};
 use super::cache::{CacheLayout, Kept, KvCache, LayerCache};
-use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace, sized};
+use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace};
 use super::{ModelError, Pack};
 use crate::adapter::{Gradients, StateSpace};
-use crate::backend::{LogitMap, Write};
+use crate::backend::{Backend, Buffer, LogitMap, Write};
 use crate::matrix::Matrix;
 
 /// Embedding, layers, norm, head.
@@ -58,6 +58,25 @@ pub(super) enum Keep {
 }
 
 impl Decoder {
+    /// Brings the weights to where `backend` computes.
+    pub(super) fn place(&mut self, backend: &dyn Backend, tied: bool) {
+        backend.place_matrix(&mut self.embedding);
+        match tied {
+            true => self.head = self.embedding.clone(),
+            false => backend.place_matrix(&mut self.head),
+        }
+        self.norm.place(backend);
+        for Layer { around_mixer, mixer, around_mlp, mlp } in &mut self.layers {
+            around_mixer.place(backend);
+            around_mlp.place(backend);
+            match mixer {
+                Mixer::Attention(attention) => attention.place(backend),
+                Mixer::Mamba(mamba) => mamba.place(backend),
+            }
+            mlp.place(backend);
+        }
+    }
+
     /// All linear layers, in the order of the forward pass.
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.layers.iter().flat_map(Layer::linears)
@@ -77,11 +96,11 @@ impl Decoder {
     }
 
     /// Makes sure the ropes' tables cover all `positions`.
-    pub(super) fn prepare(&self, workspace: &mut Workspace, positions: &[usize]) {
+    pub(super) fn prepare(&self, backend: &dyn Backend, workspace: &mut Workspace, positions: &[usize]) {
         let ropes = &mut workspace.ropes;
         ropes.resize_with(ropes.len().max(self.ropes.len()), RopeBuffer::default);
         for (buffer, frequencies) in ropes.iter_mut().zip(&self.ropes) {
-            buffer.prepare(frequencies, positions);
+            buffer.prepare(backend, frequencies, positions);
         }
     }
 
@@ -95,14 +114,14 @@ impl Decoder {
         mut cache: Option<(&mut KvCache, &CacheLayout)>,
     ) -> Result<(), ModelError> {
         let Workspace { ropes, layers, stream, scratch, recomputed, spare, .. } = workspace;
-        pass.backend.embed(sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
+        pass.backend.embed(pass.sized(stream, tokens.len() * self.embedding.cols), &self.embedding, tokens);
         if self.embedding_multiplier != 1.0 {
             pass.backend.scale(stream, self.embedding_multiplier);
         }
         if let Some(noise) = &pass.noise {
-            noise.add_to_embeddings(stream);
+            noise.add_to_embeddings(pass.backend, stream);
         }
-        check_finite(stream, || "model.embed_tokens".to_owned())?;
+        check_finite(pass, stream, || "model.embed_tokens".to_owned())?;
         let kept = if keep == Keep::All { self.layers.len() } else { 1 };
         layers.resize_with(layers.len().max(kept), LayerActivations::default);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -113,7 +132,7 @@ impl Decoder {
                 saved.swap_all_but_input(spare);
             }
             layer.forward(pass, stream, scratch, ropes, saved, cache);
-            check_finite(stream, || layer.first_not_finite(saved))?;
+            check_finite(pass, stream, || layer.first_not_finite(pass, saved))?;
             if passes_on {
                 saved.swap_all_but_input(spare);
             }
@@ -132,24 +151,21 @@ impl Decoder {
         workspace: &mut Workspace,
     ) -> Result<Vec<f64>, ModelError> {
         let Workspace { stream, dstream, scratch, head, .. } = workspace;
-        let c = self.head.cols;
         self.gather(pass, rows, stream, head);
         let HeadBuffers { rows: gathered, normed, dnormed, drows, .. } = head;
         let targets: Vec<u32> = rows.iter().filter_map(|&row| pack.targets[row]).collect();
         let mut losses = vec![0.0; rows.len()];
-        let gradient = scale.map(|scale| (sized(dnormed, normed.len()), scale));
+        let gradient = scale.map(|scale| (pass.sized(dnormed, normed.len()), scale));
         let (head, map) = (&self.head, self.logits);
         pass.backend.cross_entropy(&mut losses, gradient, normed, &targets, head, map, &mut scratch.backend);
         if losses.iter().any(|loss| !loss.is_finite()) {
             return Err(ModelError::NotFinite { name: "lm_head".to_owned() });
         }
         if scale.is_some() {
-            sized(drows, gathered.len()).fill(0.0);
+            pass.backend.clear(pass.sized(drows, gathered.len()));
             self.norm.backward(pass, drows, dnormed, gathered);
-            sized(dstream, stream.len()).fill(0.0);
-            for (values, &row) in drows.chunks_exact(c).zip(rows) {
-                dstream[row * c..(row + 1) * c].copy_from_slice(values);
-            }
+            pass.backend.clear(pass.sized(dstream, stream.len()));
+            pass.backend.scatter_rows(dstream, drows, rows);
         }
         Ok(losses)
     }
@@ -168,14 +184,14 @@ impl Decoder {
             let saved = &mut layers[index];
             if index < *recomputed {
                 saved.swap_all_but_input(spare);
-                stream.copy_from_slice(&saved.input);
+                pass.backend.copy(stream, &saved.input);
                 layer.forward(pass, stream, scratch, ropes, saved, None);
             }
             layer.backward(pass, gradients, (&mut *dstream, &mut *dadded), scratch, ropes, saved, below);
             if index < *recomputed {
                 saved.swap_all_but_input(spare);
             }
-            check_finite(dstream, || format!("gradient below model.layers.{index}"))?;
+            check_finite(pass, dstream, || format!("gradient below model.layers.{index}"))?;
         }
         Ok(())
     }
@@ -186,10 +202,10 @@ impl Decoder {
         pass: &Pass<'_>,
         rows: &[usize],
         workspace: &'w mut Workspace,
-    ) -> &'w mut [f32] {
+    ) -> &'w mut Buffer {
         let Workspace { stream, head, .. } = workspace;
         self.gather(pass, rows, stream, head);
-        let logits = sized(&mut head.logits, rows.len() * self.head.rows);
+        let logits = pass.exact(&mut head.logits, rows.len() * self.head.rows);
         pass.backend.linear(logits, &head.normed, &self.head, Write::Overwrite);
         pass.backend.map_logits(logits, self.logits);
         logits
@@ -203,17 +219,15 @@ impl Decoder {
         workspace: &mut Workspace,
     ) -> Vec<Vec<f32>> {
         self.gather(pass, rows, &workspace.stream, &mut workspace.head);
-        let inputs = workspace.layers[..self.layers.len()].iter().map(|layer| layer.input.clone());
-        inputs.chain([workspace.head.normed.clone()]).collect()
+        let inputs = workspace.layers[..self.layers.len()].iter().map(|layer| layer.input.to_host());
+        inputs.chain([workspace.head.normed.to_host()]).collect()
     }
 
     /// Copies `rows` of the stream together and norms them.
-    fn gather(&self, pass: &Pass<'_>, rows: &[usize], stream: &[f32], head: &mut HeadBuffers) {
+    fn gather(&self, pass: &Pass<'_>, rows: &[usize], stream: &Buffer, head: &mut HeadBuffers) {
         let c = self.head.cols;
-        let gathered = sized(&mut head.rows, rows.len() * c);
-        for (values, &row) in gathered.chunks_exact_mut(c).zip(rows) {
-            values.copy_from_slice(&stream[row * c..(row + 1) * c]);
-        }
+        let gathered = pass.sized(&mut head.rows, rows.len() * c);
+        pass.backend.gather_rows(gathered, stream, rows);
         self.norm.forward(pass, &mut head.normed, gathered);
     }
 }
@@ -238,17 +252,17 @@ impl Layer {
     fn forward(
         &self,
         pass: &Pass<'_>,
-        stream: &mut [f32],
+        stream: &mut Buffer,
         scratch: &mut Scratch,
         ropes: &[RopeBuffer],
         saved: &mut LayerActivations,
         cache: Option<(&mut LayerCache, &CacheLayout)>,
     ) {
-        sized(&mut saved.input, stream.len()).copy_from_slice(stream);
+        pass.backend.copy(pass.sized(&mut saved.input, stream.len()), stream);
         self.around_mixer.before.forward(pass, &mut scratch.normed, stream);
         self.mixer.forward(pass, scratch, ropes, saved, cache);
         self.around_mixer.add(pass, stream, &mut scratch.dnormed, &mut saved.mixed);
-        sized(&mut saved.middle, stream.len()).copy_from_slice(stream);
+        pass.backend.copy(pass.sized(&mut saved.middle, stream.len()), stream);
         let Scratch { normed, dnormed: delta, wide, .. } = scratch;
         self.around_mlp.before.forward(pass, normed, stream);
         self.mlp.forward(pass, delta, normed, wide, &mut saved.mlp);
@@ -260,7 +274,7 @@ impl Layer {
         &self,
         pass: &Pass<'_>,
         gradients: &mut Gradients,
-        (dstream, dadded): (&mut [f32], &mut Vec<f32>),
+        (dstream, dadded): (&mut Buffer, &mut Buffer),
         scratch: &mut Scratch,
         ropes: &[RopeBuffer],
         saved: &mut LayerActivations,
@@ -292,14 +306,14 @@ impl Layer {
     }
 
     /// The name of what first went wrong in a layer whose output is not finite.
-    fn first_not_finite(&self, saved: &LayerActivations) -> String {
+    fn first_not_finite(&self, pass: &Pass<'_>, saved: &LayerActivations) -> String {
         let (mut parts, last) = match &self.mixer {
             Mixer::Attention(attention) => (attention.outputs(&saved.attention), &attention.o),
             Mixer::Mamba(mamba) => (mamba.outputs(&saved.mamba), &mamba.out_proj),
         };
         parts.push((last, &saved.middle));
         parts.extend(self.mlp.outputs(&saved.mlp));
-        let bad = parts.into_iter().find(|(_, values)| !is_finite(values));
+        let bad = parts.into_iter().find(|(_, values)| !pass.backend.is_finite(values));
         bad.map_or(&self.mlp.down, |(linear, _)| linear).name.clone()
     }
 }
@@ -358,13 +372,6 @@ impl Mixer {
     }
 }
 
-fn check_finite(values: &[f32], name: impl FnOnce() -> String) -> Result<(), ModelError> {
-    if is_finite(values) { Ok(()) } else { Err(ModelError::NotFinite { name: name() }) }
-}
-
-/// Looks at exponents only, which vectorises.
-fn is_finite(values: &[f32]) -> bool {
-    const EXPONENT: u32 = 0x7F80_0000;
-    let full = |value: &f32| value.to_bits() & EXPONENT == EXPONENT;
-    values.chunks(1024).all(|chunk| !chunk.iter().fold(false, |any, value| any | full(value)))
+fn check_finite(pass: &Pass<'_>, values: &Buffer, name: impl FnOnce() -> String) -> Result<(), ModelError> {
+    if pass.backend.is_finite(values) { Ok(()) } else { Err(ModelError::NotFinite { name: name() }) }
 }

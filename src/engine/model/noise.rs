@@ -5,9 +5,8 @@
 
 use std::cell::RefCell;
 
-use rayon::prelude::*;
-
-use crate::random::{GOLDEN, Random, mix};
+use crate::backend::{Backend, Buffer, Dropped};
+use crate::random::Random;
 
 /// Names the streams of this file, so that no other use of a seed shares them.
 const NOISE: u64 = 0x004e_4f49_5345;
@@ -42,7 +41,7 @@ pub(super) struct Dropout {
     /// What the rest is multiplied by.
     scale: f32,
     /// Holds a layer's input with values dropped.
-    pub(super) scratch: RefCell<Vec<f32>>,
+    pub(super) scratch: RefCell<Buffer>,
 }
 
 impl RowNoise {
@@ -69,61 +68,28 @@ impl RowNoise {
     }
 
     /// Adds NEFTune's noise to the embeddings (T,C).
-    pub(super) fn add_to_embeddings(&self, stream: &mut [f32]) {
+    pub(super) fn add_to_embeddings(&self, backend: &dyn Backend, stream: &mut Buffer) {
         if self.neftune_alpha == 0.0 || self.rows.is_empty() {
             return;
         }
         let (c, alpha) = (stream.len() / self.rows.len(), self.neftune_alpha);
-        let rows = stream.par_chunks_exact_mut(c).zip(&self.rows).zip(&self.lengths);
-        rows.for_each(|((values, &row), &length)| {
-            let bound = alpha / ((length * c) as f32).sqrt();
-            for (channel, value) in values.iter_mut().enumerate() {
-                // Streams of linear layers start at `mix` of their number; this one at the row itself.
-                let unit = (bits(row, channel) >> 40) as f32 / (1 << 24) as f32;
-                *value += bound * (2.0 * unit - 1.0);
-            }
-        });
+        let bounds: Vec<f32> =
+            self.lengths.iter().map(|&length| alpha / ((length * c) as f32).sqrt()).collect();
+        backend.add_noise(stream, &self.rows, &bounds);
     }
 }
 
 impl Dropout {
-    /// y (T,K) = x (T,K) with the values dropped that linear layer `linear` drops.
-    pub(super) fn forward(&self, y: &mut [f32], x: &[f32], linear: usize) {
-        self.each_row(y, x, linear, |y, factor, x| *y = factor * x);
+    /// What linear layer `linear` drops.
+    pub(super) fn of(&self, linear: usize) -> Dropped<'_> {
+        Dropped { rows: &self.rows, linear, threshold: self.threshold, scale: self.scale }
     }
-
-    /// dx (T,K) += the gradient dy (T,K) where [`Dropout::forward`] kept the value.
-    pub(super) fn backward(&self, dx: &mut [f32], dy: &[f32], linear: usize) {
-        self.each_row(dx, dy, linear, |dx, factor, dy| *dx += factor * dy);
-    }
-
-    fn each_row(&self, out: &mut [f32], x: &[f32], linear: usize, combine: fn(&mut f32, f32, f32)) {
-        assert!(out.len() == x.len() && x.len().is_multiple_of(self.rows.len()), "BUG: shape of a dropout");
-        let k = x.len() / self.rows.len();
-        let (threshold, scale) = (self.threshold, self.scale);
-        let rows = out.par_chunks_exact_mut(k).zip(x.par_chunks_exact(k)).zip(&self.rows);
-        rows.for_each(|((out, x), &row)| {
-            let stream = mix(row ^ mix(linear as u64 + 1));
-            for (index, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-                let mut bits = bits(stream, index);
-                for (out, &x) in out.iter_mut().zip(x) {
-                    let factor = if (bits as u16) < threshold { 0.0 } else { scale };
-                    combine(out, factor, x);
-                    bits >>= 16;
-                }
-            }
-        });
-    }
-}
-
-/// Number `index` of a stream.
-fn bits(stream: u64, index: usize) -> u64 {
-    mix(stream.wrapping_add((index as u64 + 1).wrapping_mul(GOLDEN)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Reference, Write};
 
     fn noise(dropout: f32, streams: &[u64]) -> Noise {
         Noise { dropout, neftune_alpha: 5.0, streams: streams.to_vec() }
@@ -133,34 +99,35 @@ mod tests {
     fn dropped_share_and_mean_are_as_asked() {
         let rows = RowNoise::new(&noise(0.1, &[1]), &[0, 200]);
         let dropout = rows.dropout.unwrap();
-        let (x, mut y) = (vec![1.0; 200 * 500], vec![0.0; 200 * 500]);
-        dropout.forward(&mut y, &x, 3);
+        let (x, mut y) = (Buffer::from(vec![1.0; 200 * 500]), Buffer::zeros(200 * 500));
+        Reference::EXACT.dropout(&mut y, &x, &dropout.of(3), Write::Overwrite);
         let dropped = y.iter().filter(|value| **value == 0.0).count() as f64 / 1e5;
         // Standard deviation of the share is 0.001.
         assert!((dropped - 0.1).abs() < 0.005, "{dropped}");
         let mean = y.iter().map(|&value| f64::from(value)).sum::<f64>() / 1e5;
         assert!((mean - 1.0).abs() < 0.006, "{mean}");
-        let mut other = vec![0.0; y.len()];
-        dropout.forward(&mut other, &x, 4);
+        let mut other = Buffer::zeros(y.len());
+        Reference::EXACT.dropout(&mut other, &x, &dropout.of(4), Write::Overwrite);
         assert_ne!(y, other, "layers drop different values");
-        let mut dx = vec![0.0; y.len()];
-        dropout.backward(&mut dx, &x, 3);
+        let mut dx = Buffer::zeros(y.len());
+        Reference::EXACT.dropout(&mut dx, &x, &dropout.of(3), Write::Add);
         assert_eq!(y, dx, "the backward drops what the forward dropped");
     }
 
     #[test]
     fn a_sequence_s_noise_does_not_depend_on_its_neighbours() {
-        let x: Vec<f32> = (0..9 * 6).map(|index| index as f32 + 1.0).collect();
+        let x: Buffer = (0..9 * 6).map(|index| index as f32 + 1.0).collect();
         let both = RowNoise::new(&noise(0.5, &[7, 8]), &[0, 4, 9]);
         let alone = RowNoise::new(&noise(0.5, &[8]), &[0, 5]);
-        let (mut y, mut part) = (vec![0.0; 54], vec![0.0; 30]);
-        both.dropout.as_ref().unwrap().forward(&mut y, &x, 0);
-        alone.dropout.as_ref().unwrap().forward(&mut part, &x[24..], 0);
-        assert_eq!(y[24..], part);
-        let (mut y, mut part) = (vec![0.0; 54], vec![0.0; 30]);
-        both.add_to_embeddings(&mut y);
-        alone.add_to_embeddings(&mut part);
-        assert_eq!(y[24..], part);
+        let (mut y, mut part) = (Buffer::zeros(54), Buffer::zeros(30));
+        let own = Buffer::from(x[24..].to_vec());
+        Reference::EXACT.dropout(&mut y, &x, &both.dropout.as_ref().unwrap().of(0), Write::Overwrite);
+        Reference::EXACT.dropout(&mut part, &own, &alone.dropout.as_ref().unwrap().of(0), Write::Overwrite);
+        assert_eq!(y[24..], part[..]);
+        let (mut y, mut part) = (Buffer::zeros(54), Buffer::zeros(30));
+        both.add_to_embeddings(&Reference::EXACT, &mut y);
+        alone.add_to_embeddings(&Reference::EXACT, &mut part);
+        assert_eq!(y[24..], part[..]);
         let bound = 5.0 / 30f32.sqrt();
         assert!(
             part.iter().all(|value| value.abs() <= bound)

@@ -2,9 +2,11 @@
 //! each layer saves for its backward, and scratch that layers share.
 
 use super::blocks::attention::AttentionActivations;
+use super::blocks::linear::PairScratch;
 use super::blocks::mamba::{MambaActivations, MambaScratch};
 use super::blocks::mlp::MlpActivations;
 use super::blocks::rope::RopeBuffer;
+use crate::backend::Buffer;
 
 /// Reusable buffers; start with `Workspace::default()`. Any model may use any workspace.
 #[derive(Debug, Default)]
@@ -18,11 +20,11 @@ pub struct Workspace {
     /// What those layers share.
     pub(super) spare: LayerActivations,
     /// The residual stream (T,C).
-    pub(super) stream: Vec<f32>,
+    pub(super) stream: Buffer,
     /// The gradient of the residual stream (T,C).
-    pub(super) dstream: Vec<f32>,
+    pub(super) dstream: Buffer,
     /// The gradient of what a block adds to the stream, where that differs (T,C).
-    pub(super) dadded: Vec<f32>,
+    pub(super) dadded: Buffer,
     pub(super) scratch: Scratch,
     pub(super) head: HeadBuffers,
 }
@@ -47,16 +49,16 @@ impl LayerActivations {
 #[derive(Debug, Default)]
 pub(super) struct LayerActivations {
     /// The stream before the layer (T,C).
-    pub(super) input: Vec<f32>,
+    pub(super) input: Buffer,
     /// The stream between attention and MLP (T,C).
-    pub(super) middle: Vec<f32>,
+    pub(super) middle: Buffer,
     /// Of layers that attend.
     pub(super) attention: AttentionActivations,
     /// Of layers that do not.
     pub(super) mamba: MambaActivations,
     /// What the mixer and the MLP gave, where a norm follows (T,C).
-    pub(super) mixed: Vec<f32>,
-    pub(super) fed: Vec<f32>,
+    pub(super) mixed: Buffer,
+    pub(super) fed: Buffer,
     pub(super) mlp: MlpActivations,
 }
 
@@ -64,23 +66,22 @@ pub(super) struct LayerActivations {
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// A normed stream (T,C).
-    pub(super) normed: Vec<f32>,
+    pub(super) normed: Buffer,
     /// Its gradient (T,C).
-    pub(super) dnormed: Vec<f32>,
+    pub(super) dnormed: Buffer,
     /// silu(gate) * up (T,I).
-    pub(super) wide: Vec<f32>,
+    pub(super) wide: Buffer,
     /// Its gradient (T,I).
-    pub(super) dwide: Vec<f32>,
+    pub(super) dwide: Buffer,
     /// Gradient of the attention's output (T, H·D).
-    pub(super) dattended: Vec<f32>,
-    pub(super) dq: Vec<f32>,
-    pub(super) dk: Vec<f32>,
-    pub(super) dv: Vec<f32>,
+    pub(super) dattended: Buffer,
+    pub(super) dq: Buffer,
+    pub(super) dk: Buffer,
+    pub(super) dv: Buffer,
     /// Gradient of q or k before its norm.
-    pub(super) dplain: Vec<f32>,
+    pub(super) dplain: Buffer,
     pub(super) mamba: MambaScratch,
-    /// Gradient of a LoRA pair's inner values (T,R).
-    pub(super) dh: Vec<f32>,
+    pub(super) pair: PairScratch,
     /// The backend's own.
     pub(super) backend: Vec<f32>,
 }
@@ -88,16 +89,10 @@ pub(super) struct Scratch {
 /// Buffers of the rows that reach the head (S,C).
 #[derive(Debug, Default)]
 pub(super) struct HeadBuffers {
-    pub(super) rows: Vec<f32>,
-    pub(super) normed: Vec<f32>,
-    pub(super) dnormed: Vec<f32>,
-    pub(super) drows: Vec<f32>,
+    pub(super) rows: Buffer,
+    pub(super) normed: Buffer,
+    pub(super) dnormed: Buffer,
+    pub(super) drows: Buffer,
     /// (S,V), of passes that give logits.
-    pub(super) logits: Vec<f32>,
-}
-
-/// Gives `buffer` the length `len`; contents are left over. Capacity never shrinks.
-pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    buffer.resize(len, 0.0);
-    buffer
+    pub(super) logits: Buffer,
 }

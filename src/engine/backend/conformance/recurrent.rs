@@ -1,8 +1,10 @@
 //! The operations with a state: against the reference, against finite differences, and cut into pieces with the
 //! state carried over.
 
-use super::{check, noise};
-use crate::backend::{Backend, Carry, Convolution, Cpu, Reference, Scan, ScanGradient, ScanInput, Span};
+use super::{check, nines, noise};
+use crate::backend::{
+    Backend, Buffer, Carry, Convolution, Cpu, Reference, Scan, ScanGradient, ScanInput, Span,
+};
 
 fn spans(lengths: &[usize]) -> (Vec<Span>, usize) {
     let mut tokens = 0;
@@ -24,14 +26,14 @@ fn convolution_and_its_backward() {
         let conv = Convolution { weight: &weight, bias: &bias, taps, spans: &spans };
         check(&format!("convolution {lengths:?} {c} by {taps}"), 1e-5, |backend| {
             let (x, dy) = (noise(3, tokens * c), noise(4, tokens * c));
-            let (mut y, mut dx) = (vec![9.0; tokens * c], vec![9.0; tokens * c]);
+            let (mut y, mut dx) = (nines(tokens * c), nines(tokens * c));
             backend.causal_conv(&mut y, &x, &conv, None);
             backend.causal_conv_backward(&mut dx, &dy, &x, &conv, &mut Vec::new());
             // From a past, for a slot each, the last slot unused.
             let past = noise(5, (lengths.len() + 1) * (taps - 1) * c);
             let (mut next, slots) = (past.clone(), (0..lengths.len()).rev().collect::<Vec<_>>());
             let carry = Carry { slots: &slots, past: &past, next: &mut next };
-            let mut carried = vec![9.0; tokens * c];
+            let mut carried = nines(tokens * c);
             backend.causal_conv(&mut carried, &x, &conv, Some(carry));
             vec![y, dx, carried, next]
         });
@@ -43,9 +45,9 @@ struct Case {
     spans: Vec<Span>,
     tokens: usize,
     shape: [usize; 4],
-    constants: [Vec<f32>; 3],
+    constants: [Buffer; 3],
     dt_limits: (f32, f32),
-    input: [Vec<f32>; 4],
+    input: [Buffer; 4],
 }
 
 impl Case {
@@ -82,15 +84,15 @@ impl Case {
         self.shape[0] * self.shape[1]
     }
 
-    fn forward(&self, backend: &dyn Backend) -> Vec<f32> {
-        let mut y = vec![9.0; self.tokens * self.width()];
+    fn forward(&self, backend: &dyn Backend) -> Buffer {
+        let mut y = nines(self.tokens * self.width());
         backend.scan(&mut y, &self.input(), &self.scan(&self.spans), None);
         y
     }
 
-    fn backward(&self, backend: &dyn Backend, dy: &[f32]) -> [Vec<f32>; 5] {
+    fn backward(&self, backend: &dyn Backend, dy: &Buffer) -> [Buffer; 5] {
         let [mut dx, mut db, mut dc, mut ddt] = self.input.clone();
-        let mut drate = vec![9.0; ddt.len()];
+        let mut drate = nines(ddt.len());
         let gradient =
             ScanGradient { dx: &mut dx, db: &mut db, dc: &mut dc, ddt: &mut ddt, drate: Some(&mut drate) };
         backend.scan_backward(gradient, dy, &self.input(), &self.scan(&self.spans), &mut Vec::new());
@@ -120,7 +122,7 @@ fn scan_and_its_backward() {
             let past = noise(9, (case.spans.len() + 1) * heads * head_dim * states);
             let (mut next, slots) = (past.clone(), (0..case.spans.len()).rev().collect::<Vec<_>>());
             let carry = Carry { slots: &slots, past: &past, next: &mut next };
-            let mut carried = vec![9.0; y.len()];
+            let mut carried = nines(y.len());
             backend.scan(&mut carried, &case.input(), &case.scan(&case.spans), Some(carry));
             vec![y, dx, db, dc, ddt, drate, carried, next]
         });
@@ -137,14 +139,14 @@ fn gradients_of_the_scan_are_its_slopes() {
             let direction = noise(20 + which as u64, case.input[which].len());
             let loss_at = |step: f32| {
                 let mut moved = Case::new(&[7, 40], case.shape, case.dt_limits);
-                for (value, d) in moved.input[which].iter_mut().zip(&direction) {
+                for (value, d) in moved.input[which].iter_mut().zip(&*direction) {
                     *value += step * d;
                 }
                 let y = moved.forward(&Reference::EXACT);
-                y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
+                y.iter().zip(&*dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
             };
             let slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3;
-            let dot = |a: &[f32]| -> f64 { a.iter().zip(&direction).map(|(a, b)| f64::from(a * b)).sum() };
+            let dot = |a: &[f32]| -> f64 { a.iter().zip(&*direction).map(|(a, b)| f64::from(a * b)).sum() };
             let norm = gradients[which].iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
             let expected = dot(&gradients[which]);
             assert!((slope - expected).abs() < 2e-3 * norm, "input {which}: slope {slope}, got {expected}");
@@ -154,7 +156,7 @@ fn gradients_of_the_scan_are_its_slopes() {
                 let mut moved = Case::new(&[7, 40], case.shape, case.dt_limits);
                 moved.constants[1][head] += step;
                 let y = moved.forward(&Reference::EXACT);
-                y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
+                y.iter().zip(&*dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>()
             };
             let slope = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3;
             let rows = gradients[4].iter().skip(head).step_by(case.shape[0]);
@@ -175,20 +177,20 @@ fn carried_state_gives_what_the_whole_sequence_gives() {
     for backend in [&Reference::EXACT as &dyn Backend, &Cpu::new(2).unwrap()] {
         let whole_scan = case.forward(backend);
         let spans = [Span::whole(0..50)];
-        let mut whole_conv = vec![9.0; 50 * c];
+        let mut whole_conv = nines(50 * c);
         let conv = Convolution { weight: &weight, bias: &bias, taps, spans: &spans };
         backend.causal_conv(&mut whole_conv, &conv_x, &conv, None);
-        let (mut scan_state, mut conv_state) = (vec![0.0; width * 5], vec![0.0; (taps - 1) * c]);
+        let (mut scan_state, mut conv_state) = (Buffer::zeros(width * 5), Buffer::zeros((taps - 1) * c));
         for piece in [0..1, 1..2, 2..4, 4..40, 40..50] {
             let (rows, slots) = ([Span::whole(piece.clone())], [0]);
-            let (past, mut y) = (scan_state.clone(), vec![9.0; 50 * width]);
+            let (past, mut y) = (scan_state.clone(), nines(50 * width));
             let carry = Carry { slots: &slots, past: &past, next: &mut scan_state };
             backend.scan(&mut y, &case.input(), &case.scan(&rows), Some(carry));
             let part = piece.start * width..piece.end * width;
             for (got, expected) in y[part.clone()].iter().zip(&whole_scan[part]) {
                 assert!((got - expected).abs() < 1e-5, "scan at {piece:?}: {got}, whole {expected}");
             }
-            let (past, mut y) = (conv_state.clone(), vec![9.0; 50 * c]);
+            let (past, mut y) = (conv_state.clone(), nines(50 * c));
             let carry = Carry { slots: &slots, past: &past, next: &mut conv_state };
             let conv = Convolution { spans: &rows, ..conv };
             backend.causal_conv(&mut y, &conv_x, &conv, Some(carry));

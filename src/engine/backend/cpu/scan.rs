@@ -115,7 +115,7 @@ pub(super) fn backward(
     }
     let (db_blocks, dc_blocks) = scratch[..2 * blocks * size].split_at_mut(blocks * size);
     let (db_shared, dc_shared) = (Shared::new(db_blocks), Shared::new(dc_blocks));
-    let (dx, ddt, drate) = (Shared::new(dx), Shared::new(ddt), drate.map(Shared::new));
+    let (dx, ddt, drate) = (Shared::new(dx), Shared::new(ddt), drate.map(|drate| Shared::new(drate)));
     let width = scan.groups * scan.states;
     cpu.run(scan.spans.len() * blocks, |task| {
         let (span, block) = (&scan.spans[task / blocks], task % blocks);

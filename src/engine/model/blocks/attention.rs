@@ -2,13 +2,13 @@
 //! values: rotary positions or none, norms over the heads of q and k or none, a window or none.
 
 use super::Pass;
-use super::linear::Linear;
+use super::linear::{Linear, PairActivations};
 use super::norm::Norm;
 use super::rope::RopeBuffer;
 use crate::adapter::Gradients;
-use crate::backend::{AttentionGradient, AttentionSaved, AttentionShape, Rotation, Write};
+use crate::backend::{AttentionGradient, AttentionSaved, AttentionShape, Backend, Buffer, Rotation, Write};
 use crate::model::cache::{CacheLayout, KeysValues};
-use crate::model::workspace::{Scratch, sized};
+use crate::model::workspace::Scratch;
 
 /// o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x))).
 pub(in crate::model) struct Attention {
@@ -38,35 +38,46 @@ pub(in crate::model) struct HeadNorms {
 /// What the backward needs: q and k after norm and rotation.
 #[derive(Debug, Default)]
 pub(in crate::model) struct AttentionActivations {
-    pub(in crate::model) q: Vec<f32>,
-    pub(in crate::model) k: Vec<f32>,
-    pub(in crate::model) v: Vec<f32>,
+    pub(in crate::model) q: Buffer,
+    pub(in crate::model) k: Buffer,
+    pub(in crate::model) v: Buffer,
     /// q and k before their norms; empty where they have none.
-    plain: [Vec<f32>; 2],
+    plain: [Buffer; 2],
     /// The heads' outputs (T, H·D), before `o`.
-    pub(in crate::model) attended: Vec<f32>,
+    pub(in crate::model) attended: Buffer,
     /// (T,H)
-    logsumexp: Vec<f32>,
-    /// x · Aᵀ of q, k, v, o.
-    h: [Vec<f32>; 4],
+    logsumexp: Buffer,
+    /// Of q, k, v, o.
+    pairs: [PairActivations; 4],
 }
 
 impl Attention {
+    /// Brings the weights to where `backend` computes.
+    pub(in crate::model) fn place(&mut self, backend: &dyn Backend) {
+        for linear in [&mut self.q, &mut self.k, &mut self.v, &mut self.o] {
+            linear.place(backend);
+        }
+        if let Some(norms) = &mut self.norms {
+            norms.q.place(backend);
+            norms.k.place(backend);
+        }
+    }
+
     /// y (T,C) from x (T,C). With a cache, appends the new keys and values to the given rows of it first and
     /// attends to what it holds.
     pub(in crate::model) fn forward(
         &self,
         pass: &Pass<'_>,
-        y: &mut Vec<f32>,
-        x: &[f32],
+        y: &mut Buffer,
+        x: &Buffer,
         ropes: &[RopeBuffer],
         saved: &mut AttentionActivations,
         cache: Option<(&mut KeysValues, &CacheLayout)>,
     ) {
-        let [hq, hk, hv, ho] = &mut saved.h;
-        self.q.forward(pass, &mut saved.q, hq, x);
-        self.k.forward(pass, &mut saved.k, hk, x);
-        self.v.forward(pass, &mut saved.v, hv, x);
+        let [pair_q, pair_k, pair_v, pair_o] = &mut saved.pairs;
+        self.q.forward(pass, &mut saved.q, pair_q, x);
+        self.k.forward(pass, &mut saved.k, pair_k, x);
+        self.v.forward(pass, &mut saved.v, pair_v, x);
         if let Some(norms) = &self.norms {
             let [q, k] = &mut saved.plain;
             std::mem::swap(q, &mut saved.q);
@@ -75,18 +86,18 @@ impl Attention {
             norms.k.forward(pass, &mut saved.k, k);
         }
         self.rotate(pass, &mut saved.q, &mut saved.k, ropes, Rotation::Forward);
-        let attended = sized(&mut saved.attended, saved.q.len());
-        let logsumexp = sized(&mut saved.logsumexp, pass.positions.len() * self.heads);
+        let attended = pass.sized(&mut saved.attended, saved.q.len());
+        let logsumexp = pass.exact(&mut saved.logsumexp, pass.positions.len() * self.heads);
         let shape = self.shape(pass);
         match cache {
             None => pass.backend.attention(attended, logsumexp, &saved.q, &saved.k, &saved.v, &shape),
             Some((cache, layout)) => {
-                store(&mut cache.k, &saved.k, &layout.rows);
-                store(&mut cache.v, &saved.v, &layout.rows);
+                pass.backend.scatter_rows(&mut cache.k, &saved.k, &layout.rows);
+                pass.backend.scatter_rows(&mut cache.v, &saved.v, &layout.rows);
                 pass.backend.attention(attended, logsumexp, &saved.q, &cache.k, &cache.v, &shape);
             }
         }
-        self.o.forward(pass, y, ho, &saved.attended);
+        self.o.forward(pass, y, pair_o, &saved.attended);
     }
 
     /// Given dy (T,C) and the block's input x (T,C), adds to the adapter's gradients and writes
@@ -96,20 +107,21 @@ impl Attention {
         pass: &Pass<'_>,
         gradients: &mut Gradients,
         scratch: &mut Scratch,
-        dy: &[f32],
+        dy: &Buffer,
         ropes: &[RopeBuffer],
         saved: &AttentionActivations,
         needs_dx: bool,
     ) {
-        let [hq, hk, hv, ho] = &saved.h;
-        let Scratch { normed, dnormed, dattended, dq, dk, dv, dplain, dh, backend, .. } = scratch;
-        let dattended = sized(dattended, saved.attended.len());
+        let [pair_q, pair_k, pair_v, pair_o] = &saved.pairs;
+        let Scratch { normed, dnormed, dattended, dq, dk, dv, dplain, pair: scratch_pair, backend, .. } =
+            scratch;
+        let dattended = pass.sized(dattended, saved.attended.len());
         let to_heads = Some((&mut *dattended, Write::Overwrite));
-        self.o.backward(pass, gradients, to_heads, dh, (dy, &saved.attended, ho));
+        self.o.backward(pass, gradients, to_heads, scratch_pair, (dy, &saved.attended, pair_o));
         let gradient = AttentionGradient {
-            dq: sized(dq, saved.q.len()),
-            dk: sized(dk, saved.k.len()),
-            dv: sized(dv, saved.v.len()),
+            dq: pass.sized(dq, saved.q.len()),
+            dk: pass.sized(dk, saved.k.len()),
+            dv: pass.sized(dv, saved.v.len()),
         };
         let AttentionActivations { q, k, v, attended, logsumexp, plain, .. } = saved;
         let forward = AttentionSaved { q, k, v, out: attended, logsumexp };
@@ -117,20 +129,20 @@ impl Attention {
         self.rotate(pass, dq, dk, ropes, Rotation::Backward);
         if let Some(norms) = &self.norms {
             for (norm, d, x) in [(&norms.q, &mut *dq, &plain[0]), (&norms.k, &mut *dk, &plain[1])] {
-                sized(dplain, x.len()).fill(0.0);
+                pass.backend.clear(pass.sized(dplain, x.len()));
                 norm.backward(pass, dplain, d, x);
                 std::mem::swap(d, dplain);
             }
         }
-        let dx = sized(dnormed, normed.len());
+        let dx = pass.sized(dnormed, normed.len());
         let parts = [
-            (&self.q, &*dq, hq, Write::Overwrite),
-            (&self.k, &*dk, hk, Write::Add),
-            (&self.v, &*dv, hv, Write::Add),
+            (&self.q, &*dq, pair_q, Write::Overwrite),
+            (&self.k, &*dk, pair_k, Write::Add),
+            (&self.v, &*dv, pair_v, Write::Add),
         ];
-        for (linear, dy, h, write) in parts {
+        for (linear, dy, pair, write) in parts {
             let dx = needs_dx.then_some((&mut *dx, write));
-            linear.backward(pass, gradients, dx, dh, (dy, normed, h));
+            linear.backward(pass, gradients, dx, scratch_pair, (dy, normed, pair));
         }
     }
 
@@ -143,15 +155,15 @@ impl Attention {
     pub(in crate::model) fn outputs<'a>(
         &'a self,
         saved: &'a AttentionActivations,
-    ) -> Vec<(&'a Linear, &'a [f32])> {
+    ) -> Vec<(&'a Linear, &'a Buffer)> {
         vec![(&self.q, &saved.q), (&self.k, &saved.k), (&self.v, &saved.v)]
     }
 
     fn rotate(
         &self,
         pass: &Pass<'_>,
-        q: &mut [f32],
-        k: &mut [f32],
+        q: &mut Buffer,
+        k: &mut Buffer,
         ropes: &[RopeBuffer],
         rotation: Rotation,
     ) {
@@ -164,13 +176,5 @@ impl Attention {
     fn shape<'a>(&self, pass: &Pass<'a>) -> AttentionShape<'a> {
         let Self { heads, kv_heads, head_dim, scale, softcap, window, .. } = *self;
         AttentionShape { heads, kv_heads, head_dim, scale, softcap, window, spans: pass.spans }
-    }
-}
-
-/// Copies the rows of `new` to the rows of `cache` named by `rows`.
-fn store(cache: &mut [f32], new: &[f32], rows: &[usize]) {
-    let width = new.len() / rows.len();
-    for (values, &row) in new.chunks_exact(width).zip(rows) {
-        cache[row * width..(row + 1) * width].copy_from_slice(values);
     }
 }

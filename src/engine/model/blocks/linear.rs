@@ -14,10 +14,9 @@ use rayon::prelude::*;
 
 use super::Pass;
 use crate::adapter::{Adapter, Gradients};
-use crate::backend::{Backend, Lora, Write};
+use crate::backend::{Backend, Buffer, Lora, Precision, Write};
 use crate::matrix::Matrix;
 use crate::model::noise::Dropout;
-use crate::model::workspace::sized;
 
 /// Rows of a weight whose norms are taken at a time.
 const NORM_ROWS: usize = 128;
@@ -31,7 +30,7 @@ pub(in crate::model) struct Linear {
     /// (out, in)
     pub(in crate::model) weight: Matrix,
     /// (out)
-    pub(in crate::model) bias: Option<Vec<f32>>,
+    pub(in crate::model) bias: Option<Buffer>,
 }
 
 /// What a layer's adapter adds to it in one pass.
@@ -43,72 +42,113 @@ struct Adapted<'a> {
 
 /// (out) each.
 struct Dora<'a> {
-    magnitude: &'a [f32],
+    magnitude: &'a Buffer,
     norms: Arc<[f32]>,
 }
 
 impl Dora<'_> {
     /// g (out).
-    fn factors(&self) -> Vec<f32> {
-        self.magnitude.iter().zip(&*self.norms).map(|(magnitude, norm)| magnitude / norm).collect()
+    fn factors(&self, pass: &Pass<'_>) -> Buffer {
+        let magnitude = self.magnitude.host();
+        let mut factors =
+            magnitude.iter().zip(&*self.norms).map(|(magnitude, norm)| magnitude / norm).collect();
+        pass.backend.place(&mut factors, Precision::Exact);
+        factors
     }
 }
 
+/// What the backward of an adapted layer needs of its forward.
+#[derive(Debug, Default)]
+pub(in crate::model) struct PairActivations {
+    /// x' · Aᵀ (T,R)
+    h: Buffer,
+    /// DoRA's z (T,out).
+    z: Buffer,
+}
+
+/// Buffers of one backward at a time.
+#[derive(Debug, Default)]
+pub(in crate::model) struct PairScratch {
+    /// The gradient of x' · Aᵀ (T,R).
+    dh: Buffer,
+    /// x' (T,in) and its gradient.
+    input: Buffer,
+    dinput: Buffer,
+    /// The gradient of DoRA's z (T,out).
+    dz: Buffer,
+}
+
 impl Linear {
-    /// y (T,out) from x (T,in). Saves x' · Aᵀ (T,R) in `h` for the backward, and after it DoRA's z (T,out).
-    pub(in crate::model) fn forward(&self, pass: &Pass<'_>, y: &mut Vec<f32>, h: &mut Vec<f32>, x: &[f32]) {
+    /// Brings the weights to where `backend` computes.
+    pub(in crate::model) fn place(&mut self, backend: &dyn Backend) {
+        backend.place_matrix(&mut self.weight);
+        self.bias.iter_mut().for_each(|bias| backend.place(bias, Precision::Exact));
+    }
+
+    /// y (T,out) from x (T,in).
+    pub(in crate::model) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        y: &mut Buffer,
+        saved: &mut PairActivations,
+        x: &Buffer,
+    ) {
         let tokens = x.len() / self.weight.cols;
-        let y = sized(y, tokens * self.weight.rows);
+        let y = pass.sized(y, tokens * self.weight.rows);
         let Some(adapted) = self.adapted(pass) else {
             pass.backend.linear(y, x, &self.weight, Write::Overwrite);
             return self.add_bias(pass, y);
         };
+        let lora = &adapted.lora;
+        let h = pass.sized(&mut saved.h, tokens * lora.rank);
         if adapted.dora.is_none() && adapted.dropout.is_none() {
-            let h = sized(h, tokens * adapted.lora.rank);
-            pass.backend.adapted(y, h, x, &self.weight, &adapted.lora);
+            pass.backend.adapted(y, h, x, &self.weight, lora);
             return self.add_bias(pass, y);
         }
         pass.backend.linear(y, x, &self.weight, Write::Overwrite);
         let mut dropped = adapted.dropout.map(|dropout| dropout.scratch.borrow_mut());
         let input = match (adapted.dropout, &mut dropped) {
             (Some(dropout), Some(dropped)) => {
-                dropout.forward(sized(dropped, x.len()), x, self.index);
-                &dropped[..]
+                let dropped = pass.sized(dropped, x.len());
+                pass.backend.dropout(dropped, x, &dropout.of(self.index), Write::Overwrite);
+                &*dropped
             }
             _ => x,
         };
-        let (lora, saved) = (&adapted.lora, tokens * adapted.lora.rank);
         match &adapted.dora {
             None => {
                 self.add_bias(pass, y);
-                pass.backend.lora(y, sized(h, saved), input, lora);
+                pass.backend.lora(y, h, input, lora);
             }
             Some(dora) => {
-                let (h, z) = sized(h, saved + y.len()).split_at_mut(saved);
-                if adapted.dropout.is_some() {
-                    pass.backend.linear(z, input, &self.weight, Write::Overwrite);
-                    by_row(y, z, &[], |y, z, _| *y -= z);
-                    pass.backend.lora(z, h, input, lora);
-                    by_row(y, z, &dora.factors(), |y, z, factor| *y += factor * z);
-                } else {
-                    z.copy_from_slice(y);
-                    pass.backend.lora(z, h, input, lora);
-                    by_row(y, z, &dora.factors(), |y, z, factor| *y = factor * z);
-                }
+                let (z, factors) = (pass.sized(&mut saved.z, y.len()), dora.factors(pass));
+                let write = match adapted.dropout {
+                    Some(_) => {
+                        pass.backend.linear(z, input, &self.weight, Write::Overwrite);
+                        pass.backend.add_columns(y, z, None, -1.0, Write::Add);
+                        Write::Add
+                    }
+                    None => {
+                        pass.backend.copy(z, y);
+                        Write::Overwrite
+                    }
+                };
+                pass.backend.lora(z, h, input, lora);
+                pass.backend.add_columns(y, z, Some(&factors), 1.0, write);
                 self.add_bias(pass, y);
             }
         }
     }
 
     /// Adds to the gradients of the pair and of DoRA's magnitudes and, where `dx` (T,in) is given, writes or adds
-    /// to it. `scratch` is grown as needed.
+    /// to it.
     pub(in crate::model) fn backward(
         &self,
         pass: &Pass<'_>,
         gradients: &mut Gradients,
-        mut dx: Option<(&mut [f32], Write)>,
-        scratch: &mut Vec<f32>,
-        (dy, x, h): (&[f32], &[f32], &[f32]),
+        mut dx: Option<(&mut Buffer, Write)>,
+        scratch: &mut PairScratch,
+        (dy, x, saved): (&Buffer, &Buffer, &PairActivations),
     ) {
         let Some(Adapted { lora, dora, dropout }) = self.adapted(pass) else {
             if let Some((dx, write)) = &mut dx {
@@ -116,42 +156,41 @@ impl Linear {
             }
             return;
         };
-        let tokens = x.len() / self.weight.cols;
-        let (dropped, scaled) = (dropout.map_or(0, |_| x.len()), dora.as_ref().map_or(0, |_| dy.len()));
-        let buffers = sized(scratch, tokens * lora.rank + 2 * dropped + scaled);
-        let (dh, buffers) = buffers.split_at_mut(tokens * lora.rank);
-        let (input, buffers) = buffers.split_at_mut(dropped);
-        let (dinput, dz) = buffers.split_at_mut(dropped);
-        let (h, z) = h.split_at(tokens * lora.rank);
+        let (h, tokens) = (&saved.h, x.len() / self.weight.cols);
+        let PairScratch { dh, input, dinput, dz } = scratch;
+        let dh = pass.sized(dh, tokens * lora.rank);
         if let Some(dora) = &dora {
             if let Some(gradient) = gradients.magnitude(self.index) {
-                magnitude_backward(gradient, dy, z, &dora.norms);
+                pass.backend.column_dots(gradient, dy, &saved.z, &dora.norms);
             }
-            by_row(dz, dy, &dora.factors(), |dz, dy, factor| *dz = factor * dy);
+            let dz = pass.sized(dz, dy.len());
+            pass.backend.add_columns(dz, dy, Some(&dora.factors(pass)), 1.0, Write::Overwrite);
         }
         let Some(gradient) = gradients.lora(self.index) else { return };
+        let pair_dy = if dora.is_some() { &*dz } else { dy };
         let Some(dropout) = dropout else {
-            let dz = if dora.is_some() { &*dz } else { dy };
             return match dx {
-                None => pass.backend.lora_backward(gradient, None, dh, dz, x, h, &lora),
-                Some(dx) => pass.backend.adapted_backward(gradient, dx, dh, dz, x, h, &self.weight, &lora),
+                None => pass.backend.lora_backward(gradient, None, dh, pair_dy, x, h, &lora),
+                Some(dx) => {
+                    pass.backend.adapted_backward(gradient, dx, dh, pair_dy, x, h, &self.weight, &lora);
+                }
             };
         };
-        dropout.forward(input, x, self.index);
+        let dropped = dropout.of(self.index);
+        let input = pass.sized(input, x.len());
+        pass.backend.dropout(input, x, &dropped, Write::Overwrite);
         let Some((dx, write)) = dx else {
-            let dz = if dora.is_some() { &*dz } else { dy };
-            return pass.backend.lora_backward(gradient, None, dh, dz, input, h, &lora);
+            return pass.backend.lora_backward(gradient, None, dh, pair_dy, input, h, &lora);
         };
         pass.backend.linear_backward(dx, dy, &self.weight, write);
-        dinput.fill(0.0);
+        let dinput = pass.sized(dinput, x.len());
+        pass.backend.clear(dinput);
+        pass.backend.lora_backward(gradient, Some(dinput), dh, pair_dy, input, h, &lora);
         if dora.is_some() {
-            pass.backend.lora_backward(gradient, Some(dinput), dh, dz, input, h, &lora);
-            by_row(dz, dy, &[], |dz, dy, _| *dz -= dy);
+            pass.backend.add_columns(dz, dy, None, -1.0, Write::Add);
             pass.backend.linear_backward(dinput, dz, &self.weight, Write::Add);
-        } else {
-            pass.backend.lora_backward(gradient, Some(dinput), dh, dy, input, h, &lora);
         }
-        dropout.backward(dx, dinput, self.index);
+        pass.backend.dropout(dx, dinput, &dropped, Write::Add);
     }
 
     /// Whether the pass adapts this layer.
@@ -163,14 +202,14 @@ impl Linear {
     pub(in crate::model) fn row_norms(&self, backend: &dyn Backend, adapter: &Adapter) -> Vec<f32> {
         let (n, k) = (self.weight.rows, self.weight.cols);
         let lora = adapter.lora(self.index);
-        let a = lora.map(|lora| Matrix::from_f32(lora.rank, k, lora.a));
+        let a = lora.map(|lora| Matrix::from_f32(lora.rank, k, &lora.a.host()));
         let mut norms = vec![0.0; n];
         norms.par_chunks_mut(NORM_ROWS).enumerate().for_each(|(chunk, norms)| {
-            let (start, mut rows) = (chunk * NORM_ROWS, vec![0.0; norms.len() * k]);
+            let (start, mut rows) = (chunk * NORM_ROWS, Buffer::zeros(norms.len() * k));
             self.weight.decode(start * k, &mut rows);
             if let Some((lora, a)) = lora.zip(a.as_ref()) {
                 let b = &lora.b[start * lora.rank..(start + norms.len()) * lora.rank];
-                let b: Vec<f32> = b.iter().map(|value| lora.scale * value).collect();
+                let b: Buffer = b.iter().map(|value| lora.scale * value).collect();
                 // The rows of B·A are what the backward of a layer with weight A makes of the rows of B.
                 backend.linear_backward(&mut rows, &b, a, Write::Add);
             }
@@ -190,36 +229,9 @@ impl Linear {
         Some(Adapted { lora, dora: dora.map(|(magnitude, norms)| Dora { magnitude, norms }), dropout })
     }
 
-    fn add_bias(&self, pass: &Pass<'_>, y: &mut [f32]) {
+    fn add_bias(&self, pass: &Pass<'_>, y: &mut Buffer) {
         if let Some(bias) = &self.bias {
             pass.backend.add_bias(y, bias);
         }
-    }
-}
-
-/// Combines each value of `out` with that of `x` (T,N) and the factor of its column (N); without factors, 1.
-fn by_row(out: &mut [f32], x: &[f32], factors: &[f32], combine: fn(&mut f32, f32, f32)) {
-    assert_eq!(out.len(), x.len(), "BUG: shapes of a linear layer's outputs");
-    if factors.is_empty() {
-        return out.iter_mut().zip(x).for_each(|(out, &x)| combine(out, x, 1.0));
-    }
-    let n = factors.len();
-    out.par_chunks_exact_mut(n).zip(x.par_chunks_exact(n)).for_each(|(out, x)| {
-        for ((out, &x), &factor) in out.iter_mut().zip(x).zip(factors) {
-            combine(out, x, factor);
-        }
-    });
-}
-
-/// dmagnitude (out) += Σ dy · z / norm over the rows.
-fn magnitude_backward(gradient: &mut [f32], dy: &[f32], z: &[f32], norms: &[f32]) {
-    let mut sums = vec![0.0f64; norms.len()];
-    for (dy, z) in dy.chunks_exact(norms.len()).zip(z.chunks_exact(norms.len())) {
-        for ((sum, &dy), &z) in sums.iter_mut().zip(dy).zip(z) {
-            *sum += f64::from(dy) * f64::from(z);
-        }
-    }
-    for ((gradient, sum), &norm) in gradient.iter_mut().zip(sums).zip(norms) {
-        *gradient += (sum / f64::from(norm)) as f32;
     }
 }

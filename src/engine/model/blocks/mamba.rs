@@ -4,16 +4,16 @@
 
 use std::borrow::Cow;
 
-use rayon::prelude::*;
-
 use super::Pass;
-use super::linear::Linear;
+use super::linear::{Linear, PairActivations};
 use super::norm::Norm;
 use crate::adapter::{Gradients, StateSpace};
-use crate::backend::{Activation, Convolution, Scan, ScanGradient, ScanInput, Write};
+use crate::backend::{
+    Activation, Backend, Buffer, Convolution, Precision, Scan, ScanGradient, ScanInput, Write,
+};
 use crate::model::cache::{CacheLayout, RecurrentState};
 use crate::model::config::MambaOptions;
-use crate::model::workspace::{Scratch, sized};
+use crate::model::workspace::Scratch;
 
 /// out_proj(norm(scan(silu(conv(xBC)), dt) * silu(z))), with z, xBC, dt = in_proj(x).
 pub(in crate::model) struct Mamba {
@@ -24,17 +24,17 @@ pub(in crate::model) struct Mamba {
     pub(in crate::model) options: MambaOptions,
     pub(in crate::model) in_proj: Linear,
     /// (channels, taps)
-    pub(in crate::model) conv_weight: Vec<f32>,
+    pub(in crate::model) conv_weight: Buffer,
     /// (channels)
-    pub(in crate::model) conv_bias: Vec<f32>,
+    pub(in crate::model) conv_bias: Buffer,
     /// (H)
-    pub(in crate::model) dt_bias: Vec<f32>,
+    pub(in crate::model) dt_bias: Buffer,
     /// (H)
-    pub(in crate::model) a_log: Vec<f32>,
+    pub(in crate::model) a_log: Buffer,
     /// (H): -exp(A_log)
-    pub(in crate::model) rate: Vec<f32>,
+    pub(in crate::model) rate: Buffer,
     /// (H): D
-    pub(in crate::model) skip: Vec<f32>,
+    pub(in crate::model) skip: Buffer,
     /// Over each group of the gated output.
     pub(in crate::model) norm: Norm,
     pub(in crate::model) out_proj: Linear,
@@ -44,51 +44,63 @@ pub(in crate::model) struct Mamba {
 #[derive(Debug, Default)]
 pub(in crate::model) struct MambaActivations {
     /// z (T, H·P)
-    gate: Vec<f32>,
+    gate: Buffer,
     /// The convolution's input (T, channels).
-    unconvolved: Vec<f32>,
+    unconvolved: Buffer,
     /// (T,H)
-    dt: Vec<f32>,
+    dt: Buffer,
     /// (T, H·P)
-    x: Vec<f32>,
+    x: Buffer,
     /// (T, G·N)
-    b: Vec<f32>,
+    b: Buffer,
     /// (T, G·N)
-    c: Vec<f32>,
+    c: Buffer,
     /// The scan's output (T, H·P).
-    scanned: Vec<f32>,
-    /// x · Aᵀ of in_proj and out_proj.
-    h: [Vec<f32>; 2],
+    scanned: Buffer,
+    /// Of in_proj and out_proj.
+    pairs: [PairActivations; 2],
 }
 
 /// Buffers of one layer at a time.
 #[derive(Debug, Default)]
 pub(in crate::model) struct MambaScratch {
     /// in_proj's output, or its gradient.
-    projected: Vec<f32>,
+    projected: Buffer,
     /// The convolution's output, or its gradient.
-    convolved: Vec<f32>,
+    convolved: Buffer,
     /// The convolution's input's gradient.
-    dunconvolved: Vec<f32>,
-    gated: Vec<f32>,
-    dgated: Vec<f32>,
-    gated_normed: Vec<f32>,
-    dgated_normed: Vec<f32>,
-    dx: Vec<f32>,
-    db: Vec<f32>,
-    dc: Vec<f32>,
-    ddt: Vec<f32>,
-    drate: Vec<f32>,
+    dunconvolved: Buffer,
+    gated: Buffer,
+    dgated: Buffer,
+    gated_normed: Buffer,
+    dgated_normed: Buffer,
+    dx: Buffer,
+    db: Buffer,
+    dc: Buffer,
+    ddt: Buffer,
+    drate: Buffer,
 }
 
 /// What the scan is computed with: the model's own constants, or those that the adapter trains.
 struct Constants<'a> {
-    dt_bias: &'a [f32],
-    rate: Cow<'a, [f32]>,
-    skip: &'a [f32],
+    dt_bias: &'a Buffer,
+    rate: Cow<'a, Buffer>,
+    skip: &'a Buffer,
 }
 
 impl Mamba {
+    /// Brings the weights to where `backend` computes.
+    pub(in crate::model) fn place(&mut self, backend: &dyn Backend) {
+        let Self { conv_weight, conv_bias, dt_bias, rate, skip, .. } = self;
+        for constants in [conv_weight, conv_bias, dt_bias, rate, skip] {
+            backend.place(constants, Precision::Exact);
+        }
+        for linear in [&mut self.in_proj, &mut self.out_proj] {
+            linear.place(backend);
+        }
+        self.norm.place(backend);
+    }
+
     /// y (T,C) from `scratch.normed` (T,C), written to `scratch.dnormed`.
     pub(in crate::model) fn forward(
         &self,
@@ -102,12 +114,12 @@ impl Mamba {
         let whole = pass.spans.iter().all(|span| span.prefix.is_empty());
         assert!(whole, "BUG: a pack with a shared beginning for a model with Mamba layers");
         let (inner, states) = (options.inner(), options.groups * options.states);
-        let [h_in, h_out] = &mut saved.h;
-        self.in_proj.forward(pass, &mut own.projected, h_in, normed);
+        let [pair_in, pair_out] = &mut saved.pairs;
+        self.in_proj.forward(pass, &mut own.projected, pair_in, normed);
         let mut parts = [
-            sized(&mut saved.gate, tokens * inner),
-            sized(&mut saved.unconvolved, tokens * options.conv_channels()),
-            sized(&mut saved.dt, tokens * options.heads),
+            pass.sized(&mut saved.gate, tokens * inner),
+            pass.sized(&mut saved.unconvolved, tokens * options.conv_channels()),
+            pass.sized(&mut saved.dt, tokens * options.heads),
         ];
         pass.backend.split(&mut parts, &own.projected, tokens);
         let (conv_carry, scan_carry) = match cache {
@@ -117,20 +129,20 @@ impl Mamba {
                 (Some(conv), Some(scan))
             }
         };
-        let convolved = sized(&mut own.convolved, saved.unconvolved.len());
+        let convolved = pass.sized(&mut own.convolved, saved.unconvolved.len());
         pass.backend.causal_conv(convolved, &saved.unconvolved, &self.convolution(pass), conv_carry);
         let mut parts = [
-            sized(&mut saved.x, tokens * inner),
-            sized(&mut saved.b, tokens * states),
-            sized(&mut saved.c, tokens * states),
+            pass.sized(&mut saved.x, tokens * inner),
+            pass.sized(&mut saved.b, tokens * states),
+            pass.sized(&mut saved.c, tokens * states),
         ];
         pass.backend.split(&mut parts, convolved, tokens);
         let input = ScanInput { x: &saved.x, b: &saved.b, c: &saved.c, dt: &saved.dt };
-        let scanned = sized(&mut saved.scanned, tokens * inner);
+        let scanned = pass.sized(&mut saved.scanned, tokens * inner);
         pass.backend.scan(scanned, &input, &self.scan(pass, &self.constants(pass)), scan_carry);
-        pass.backend.glu(sized(&mut own.gated, scanned.len()), &saved.gate, scanned, Activation::Silu);
+        pass.backend.glu(pass.sized(&mut own.gated, scanned.len()), &saved.gate, scanned, Activation::Silu);
         self.norm.forward(pass, &mut own.gated_normed, &own.gated);
-        self.out_proj.forward(pass, y, h_out, &own.gated_normed);
+        self.out_proj.forward(pass, y, pair_out, &own.gated_normed);
     }
 
     /// Given dy (T,C) and the block's input x = `scratch.normed` (T,C), adds to the adapter's gradients and
@@ -140,81 +152,54 @@ impl Mamba {
         pass: &Pass<'_>,
         gradients: &mut Gradients,
         scratch: &mut Scratch,
-        dy: &[f32],
+        dy: &Buffer,
         saved: &mut MambaActivations,
         needs_dx: bool,
     ) {
-        let MambaActivations { gate, unconvolved, dt, x, b, c, scanned, h: [h_in, h_out] } = saved;
-        let Scratch { normed, dnormed, dh, mamba: own, backend, .. } = scratch;
+        let MambaActivations { gate, unconvolved, dt, x, b, c, scanned, pairs: [pair_in, pair_out] } = saved;
+        let Scratch { normed, dnormed, pair, mamba: own, backend, .. } = scratch;
         let tokens = pass.positions.len();
-        pass.backend.glu(sized(&mut own.gated, gate.len()), gate, scanned, Activation::Silu);
+        pass.backend.glu(pass.sized(&mut own.gated, gate.len()), gate, scanned, Activation::Silu);
         self.norm.forward(pass, &mut own.gated_normed, &own.gated);
-        let to_norm = Some((sized(&mut own.dgated_normed, gate.len()), Write::Overwrite));
-        self.out_proj.backward(pass, gradients, to_norm, dh, (dy, &own.gated_normed, h_out));
-        sized(&mut own.dgated, gate.len()).fill(0.0);
+        let to_norm = Some((pass.sized(&mut own.dgated_normed, gate.len()), Write::Overwrite));
+        self.out_proj.backward(pass, gradients, to_norm, pair, (dy, &own.gated_normed, pair_out));
+        pass.backend.clear(pass.sized(&mut own.dgated, gate.len()));
         self.norm.backward(pass, &mut own.dgated, &own.dgated_normed, &own.gated);
         pass.backend.glu_backward(gate, scanned, &own.dgated, Activation::Silu);
         let mut own_gradients = gradients.state_space(self.index);
         let gradient = ScanGradient {
-            dx: sized(&mut own.dx, x.len()),
-            db: sized(&mut own.db, b.len()),
-            dc: sized(&mut own.dc, c.len()),
-            ddt: sized(&mut own.ddt, dt.len()),
-            drate: own_gradients.is_some().then_some(sized(&mut own.drate, dt.len())),
+            dx: pass.sized(&mut own.dx, x.len()),
+            db: pass.sized(&mut own.db, b.len()),
+            dc: pass.sized(&mut own.dc, c.len()),
+            ddt: pass.sized(&mut own.ddt, dt.len()),
+            drate: own_gradients.is_some().then_some(pass.exact(&mut own.drate, dt.len())),
         };
         let input = ScanInput { x, b, c, dt };
         let constants = self.constants(pass);
         pass.backend.scan_backward(gradient, scanned, &input, &self.scan(pass, &constants), backend);
         if let Some(gradients) = &mut own_gradients {
-            self.constants_backward(gradients, &constants, (scanned, x), (&own.drate, &own.ddt));
+            let StateSpace { a_log, skip, dt_bias, .. } = &mut **gradients;
+            let (own, values) = ((&own.drate, &own.ddt), (&*scanned, &*x));
+            pass.backend.scan_constants_backward([a_log, skip, dt_bias], &constants.rate, values, own);
         }
-        let dconvolved = sized(&mut own.convolved, unconvolved.len());
+        let dconvolved = pass.sized(&mut own.convolved, unconvolved.len());
         pass.backend.join(dconvolved, &[&own.dx, &own.db, &own.dc], tokens);
-        let dunconvolved = sized(&mut own.dunconvolved, unconvolved.len());
+        let dunconvolved = pass.sized(&mut own.dunconvolved, unconvolved.len());
         let convolution = self.convolution(pass);
         pass.backend.causal_conv_backward(dunconvolved, dconvolved, unconvolved, &convolution, backend);
-        let dprojected = sized(&mut own.projected, gate.len() + unconvolved.len() + dt.len());
+        let dprojected = pass.sized(&mut own.projected, gate.len() + unconvolved.len() + dt.len());
         pass.backend.join(dprojected, &[gate, dunconvolved, &own.ddt], tokens);
-        let dx = needs_dx.then_some((sized(dnormed, normed.len()), Write::Overwrite));
-        self.in_proj.backward(pass, gradients, dx, dh, (dprojected, normed, h_in));
-    }
-
-    /// Adds to the gradients of A_log, D and dt_bias (H), given dy and x (T, H·P), drate and ddt (T,H). Each head's sum
-    /// runs over the rows in their order.
-    fn constants_backward(
-        &self,
-        gradients: &mut StateSpace,
-        constants: &Constants<'_>,
-        (dy, x): (&[f32], &[f32]),
-        (drate, ddt): (&[f32], &[f32]),
-    ) {
-        let MambaOptions { heads, head_dim, .. } = self.options;
-        let column = |values: &[f32], head: usize| -> f64 {
-            values.iter().skip(head).step_by(heads).map(|&value| f64::from(value)).sum()
-        };
-        let of_head = |head: usize| {
-            let rows = dy.chunks_exact(head_dim).zip(x.chunks_exact(head_dim)).skip(head).step_by(heads);
-            let seen =
-                rows.flat_map(|(dy, x)| dy.iter().zip(x)).map(|(&dy, &x)| f64::from(dy) * f64::from(x));
-            // The rate is -exp(A_log), and so is its slope.
-            let da_log = f64::from(constants.rate[head]) * column(drate, head);
-            (da_log as f32, seen.sum::<f64>() as f32, column(ddt, head) as f32)
-        };
-        let sums: Vec<(f32, f32, f32)> = (0..heads).into_par_iter().map(of_head).collect();
-        for (head, (da_log, dskip, ddt_bias)) in sums.into_iter().enumerate() {
-            gradients.a_log[head] += da_log;
-            gradients.skip[head] += dskip;
-            gradients.dt_bias[head] += ddt_bias;
-        }
+        let dx = needs_dx.then_some((pass.sized(dnormed, normed.len()), Write::Overwrite));
+        self.in_proj.backward(pass, gradients, dx, pair, (dprojected, normed, pair_in));
     }
 
     /// The constants as the model has them.
     pub(in crate::model) fn state_space(&self) -> StateSpace {
         StateSpace {
             name: self.name.clone(),
-            a_log: self.a_log.clone(),
-            skip: self.skip.clone(),
-            dt_bias: self.dt_bias.clone(),
+            a_log: self.a_log.to_host().into(),
+            skip: self.skip.to_host().into(),
+            dt_bias: self.dt_bias.to_host().into(),
         }
     }
 
@@ -233,8 +218,8 @@ impl Mamba {
     pub(in crate::model) fn outputs<'a>(
         &'a self,
         saved: &'a MambaActivations,
-    ) -> Vec<(&'a Linear, &'a [f32])> {
-        [&saved.gate, &saved.unconvolved, &saved.dt].map(|values| (&self.in_proj, &values[..])).into()
+    ) -> Vec<(&'a Linear, &'a Buffer)> {
+        [&saved.gate, &saved.unconvolved, &saved.dt].map(|values| (&self.in_proj, values)).into()
     }
 
     /// Values of a sequence's state: of the convolution and of the scan.
@@ -251,7 +236,9 @@ impl Mamba {
     fn constants<'a>(&'a self, pass: &Pass<'a>) -> Constants<'a> {
         match pass.adapter.and_then(|adapter| adapter.state_space(self.index)) {
             Some(trained) => {
-                Constants { dt_bias: &trained.dt_bias, rate: Cow::Owned(trained.rate()), skip: &trained.skip }
+                let mut rate = trained.rate().into();
+                pass.backend.place(&mut rate, Precision::Exact);
+                Constants { dt_bias: &trained.dt_bias, rate: Cow::Owned(rate), skip: &trained.skip }
             }
             None => Constants { dt_bias: &self.dt_bias, rate: Cow::Borrowed(&self.rate), skip: &self.skip },
         }

@@ -2,10 +2,10 @@
 //! in one matrix.
 
 use super::Pass;
-use super::linear::Linear;
+use super::linear::{Linear, PairActivations};
 use crate::adapter::Gradients;
-use crate::backend::{Activation, Write};
-use crate::model::workspace::{Scratch, sized};
+use crate::backend::{Activation, Backend, Buffer, Write};
+use crate::model::workspace::Scratch;
 
 /// down(activation(gate(x)) * up(x)).
 pub(in crate::model) struct Mlp {
@@ -26,38 +26,50 @@ pub(in crate::model) enum Gated {
 #[derive(Debug, Default)]
 pub(in crate::model) struct MlpActivations {
     /// (T,I)
-    pub(in crate::model) gate: Vec<f32>,
+    pub(in crate::model) gate: Buffer,
     /// (T,I)
-    pub(in crate::model) up: Vec<f32>,
-    /// x · Aᵀ of gate, or of both stacked, of up, and of down.
-    h: [Vec<f32>; 3],
+    pub(in crate::model) up: Buffer,
+    /// Of gate, or of both stacked, of up, and of down.
+    pairs: [PairActivations; 3],
 }
 
 impl Mlp {
+    /// Brings the weights to where `backend` computes.
+    pub(in crate::model) fn place(&mut self, backend: &dyn Backend) {
+        match &mut self.gated {
+            Gated::Apart { gate, up } => {
+                gate.place(backend);
+                up.place(backend);
+            }
+            Gated::Stacked(both) => both.place(backend),
+        }
+        self.down.place(backend);
+    }
+
     /// y (T,C) from x (T,C); `wide` is scratch (T,I).
     pub(in crate::model) fn forward(
         &self,
         pass: &Pass<'_>,
-        y: &mut Vec<f32>,
-        x: &[f32],
-        wide: &mut Vec<f32>,
+        y: &mut Buffer,
+        x: &Buffer,
+        wide: &mut Buffer,
         saved: &mut MlpActivations,
     ) {
-        let [hgate, hup, hdown] = &mut saved.h;
+        let [pair_gate, pair_up, pair_down] = &mut saved.pairs;
         match &self.gated {
             Gated::Apart { gate, up } => {
-                gate.forward(pass, &mut saved.gate, hgate, x);
-                up.forward(pass, &mut saved.up, hup, x);
+                gate.forward(pass, &mut saved.gate, pair_gate, x);
+                up.forward(pass, &mut saved.up, pair_up, x);
             }
             Gated::Stacked(both) => {
-                both.forward(pass, wide, hgate, x);
+                both.forward(pass, wide, pair_gate, x);
                 let half = wide.len() / 2;
-                let mut parts = [sized(&mut saved.gate, half), sized(&mut saved.up, half)];
+                let mut parts = [pass.sized(&mut saved.gate, half), pass.sized(&mut saved.up, half)];
                 pass.backend.split(&mut parts, wide, pass.positions.len());
             }
         }
-        pass.backend.glu(sized(wide, saved.gate.len()), &saved.gate, &saved.up, self.activation);
-        self.down.forward(pass, y, hdown, wide);
+        pass.backend.glu(pass.sized(wide, saved.gate.len()), &saved.gate, &saved.up, self.activation);
+        self.down.forward(pass, y, pair_down, wide);
     }
 
     /// Given dy (T,C) and the block's input x = `scratch.normed` (T,C), adds to the adapter's gradients and
@@ -67,30 +79,36 @@ impl Mlp {
         pass: &Pass<'_>,
         gradients: &mut Gradients,
         scratch: &mut Scratch,
-        dy: &[f32],
+        dy: &Buffer,
         saved: &mut MlpActivations,
         needs_dx: bool,
     ) {
-        let MlpActivations { gate, up, h: [hgate, hup, hdown] } = saved;
-        let Scratch { normed, dnormed, wide, dwide, dh, .. } = scratch;
-        pass.backend.glu(sized(wide, gate.len()), gate, up, self.activation);
-        let dwide = sized(dwide, gate.len());
-        self.down.backward(pass, gradients, Some((&mut *dwide, Write::Overwrite)), dh, (dy, wide, hdown));
+        let MlpActivations { gate, up, pairs: [pair_gate, pair_up, pair_down] } = saved;
+        let Scratch { normed, dnormed, wide, dwide, pair, .. } = scratch;
+        pass.backend.glu(pass.sized(wide, gate.len()), gate, up, self.activation);
+        let dwide = pass.sized(dwide, gate.len());
+        self.down.backward(
+            pass,
+            gradients,
+            Some((&mut *dwide, Write::Overwrite)),
+            pair,
+            (dy, wide, pair_down),
+        );
         pass.backend.glu_backward(gate, up, dwide, self.activation);
-        let dx = sized(dnormed, normed.len());
-        let mut backward = |linear: &Linear, dy: &[f32], h: &[f32], write| {
+        let dx = pass.sized(dnormed, normed.len());
+        let mut backward = |linear: &Linear, dy: &Buffer, saved: &PairActivations, write| {
             let dx = needs_dx.then_some((&mut *dx, write));
-            linear.backward(pass, gradients, dx, dh, (dy, normed, h));
+            linear.backward(pass, gradients, dx, pair, (dy, normed, saved));
         };
         match &self.gated {
             Gated::Apart { gate: gate_linear, up: up_linear } => {
-                backward(gate_linear, gate, hgate, Write::Overwrite);
-                backward(up_linear, up, hup, Write::Add);
+                backward(gate_linear, gate, pair_gate, Write::Overwrite);
+                backward(up_linear, up, pair_up, Write::Add);
             }
             Gated::Stacked(both) => {
-                let joined = sized(wide, 2 * gate.len());
+                let joined = pass.sized(wide, 2 * gate.len());
                 pass.backend.join(joined, &[gate, up], pass.positions.len());
-                backward(both, joined, hgate, Write::Overwrite);
+                backward(both, joined, pair_gate, Write::Overwrite);
             }
         }
     }
@@ -104,7 +122,10 @@ impl Mlp {
     }
 
     /// Each linear layer but the last with what it gave.
-    pub(in crate::model) fn outputs<'a>(&'a self, saved: &'a MlpActivations) -> Vec<(&'a Linear, &'a [f32])> {
+    pub(in crate::model) fn outputs<'a>(
+        &'a self,
+        saved: &'a MlpActivations,
+    ) -> Vec<(&'a Linear, &'a Buffer)> {
         match &self.gated {
             Gated::Apart { gate, up } => vec![(gate, &saved.gate), (up, &saved.up)],
             Gated::Stacked(both) => vec![(both, &saved.gate), (both, &saved.up)],

@@ -3,7 +3,7 @@
 
 use super::Pass;
 use super::norm::Norm;
-use crate::model::workspace::sized;
+use crate::backend::{Backend, Buffer};
 
 /// x += multiplier * after(block(before(x))).
 pub(in crate::model) struct Residual {
@@ -13,16 +13,22 @@ pub(in crate::model) struct Residual {
 }
 
 impl Residual {
+    /// Brings the weights to where `backend` computes.
+    pub(in crate::model) fn place(&mut self, backend: &dyn Backend) {
+        self.before.place(backend);
+        self.after.iter_mut().for_each(|norm| norm.place(backend));
+    }
+
     /// Adds the block's result `y` (T,C) to the stream. Keeps y in `saved` where the backward needs it.
     pub(in crate::model) fn add(
         &self,
         pass: &Pass<'_>,
-        stream: &mut [f32],
-        y: &mut Vec<f32>,
-        saved: &mut Vec<f32>,
+        stream: &mut Buffer,
+        y: &mut Buffer,
+        saved: &mut Buffer,
     ) {
         if let Some(after) = &self.after {
-            sized(saved, y.len()).copy_from_slice(y);
+            pass.backend.copy(pass.sized(saved, y.len()), y);
             after.forward(pass, y, saved);
         }
         if self.multiplier != 1.0 {
@@ -35,18 +41,18 @@ impl Residual {
     pub(in crate::model) fn add_backward<'a>(
         &self,
         pass: &Pass<'_>,
-        dstream: &'a [f32],
-        buffer: &'a mut Vec<f32>,
-        saved: &[f32],
-    ) -> &'a [f32] {
+        dstream: &'a Buffer,
+        buffer: &'a mut Buffer,
+        saved: &Buffer,
+    ) -> &'a Buffer {
         if self.after.is_none() && self.multiplier == 1.0 {
             return dstream;
         }
-        let dy = sized(buffer, dstream.len());
+        let dy = pass.sized(buffer, dstream.len());
         match &self.after {
-            None => dy.copy_from_slice(dstream),
+            None => pass.backend.copy(dy, dstream),
             Some(after) => {
-                dy.fill(0.0);
+                pass.backend.clear(dy);
                 after.backward(pass, dy, dstream, saved);
             }
         }

@@ -3,7 +3,7 @@
 
 use std::f32::consts::PI;
 
-use crate::backend::RopeTable;
+use crate::backend::{Backend, Precision, RopeTable};
 use crate::model::{Rope, RopeScaling};
 
 /// The frequencies (D/2) of a model.
@@ -51,26 +51,39 @@ pub(in crate::model) struct RopeBuffer {
 }
 
 impl RopeBuffer {
-    /// Makes sure the table covers all `positions`.
-    pub(in crate::model) fn prepare(&mut self, frequencies: &Frequencies, positions: &[usize]) {
+    /// Makes sure the table covers all `positions`, where `backend` computes.
+    pub(in crate::model) fn prepare(
+        &mut self,
+        backend: &dyn Backend,
+        frequencies: &Frequencies,
+        positions: &[usize],
+    ) {
         if self.frequencies != frequencies.0 {
             *self = Self { frequencies: frequencies.0.clone(), ..Self::default() };
         }
         let needed = positions.iter().max().map_or(0, |last| last + 1);
+        if needed <= self.positions {
+            return;
+        }
+        let (mut cos, mut sin) = (self.table.cos.to_host(), self.table.sin.to_host());
         for position in self.positions..needed {
             for frequency in &self.frequencies {
                 let angle = position as f32 * frequency;
-                self.table.cos.push(angle.cos());
-                self.table.sin.push(angle.sin());
+                cos.push(angle.cos());
+                sin.push(angle.sin());
             }
         }
-        self.positions = self.positions.max(needed);
+        self.table = RopeTable { cos: cos.into(), sin: sin.into() };
+        backend.place(&mut self.table.cos, Precision::Exact);
+        backend.place(&mut self.table.sin, Precision::Exact);
+        self.positions = needed;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Reference;
 
     #[test]
     fn llama3_bands_keep_high_and_divide_low_frequencies() {
@@ -91,9 +104,9 @@ mod tests {
     fn table_grows_and_keeps_what_it_has() {
         let frequencies = Frequencies(vec![1.0, 0.1]);
         let mut buffer = RopeBuffer::default();
-        buffer.prepare(&frequencies, &[0, 1]);
+        buffer.prepare(&Reference::EXACT, &frequencies, &[0, 1]);
         let first = buffer.table.cos.clone();
-        buffer.prepare(&frequencies, &[4]);
+        buffer.prepare(&Reference::EXACT, &frequencies, &[4]);
         assert_eq!(buffer.table.cos.len(), 10);
         assert_eq!(buffer.table.cos[..4], first[..]);
         assert_eq!(buffer.table.sin[9], 0.4f32.sin());

@@ -239,7 +239,7 @@ impl HeadPass<'_> {
         let first = span.queries.start + strip.start;
         let all = (from, 0..dim);
         let factors = [
-            (&mut *probability, saved.q, &chunk.k_transposed),
+            (&mut *probability, &**saved.q, &chunk.k_transposed),
             (&mut *dscore, self.dout, &chunk.v_transposed),
         ];
         for (scores, left, right) in factors {
