@@ -27,6 +27,7 @@ mod memory;
 mod reference;
 
 pub use cpu::{Cpu, NoSuchSet, check_instruction_set};
+pub use cuda::DeviceMatrix;
 pub use host::Dropped;
 pub use memory::{Buffer, Precision};
 pub use reference::Reference;
@@ -38,6 +39,8 @@ pub enum BackendKind {
     Reference,
     /// The fast path on a CPU.
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
     /// That in f32, where it would round the factors of products.
     #[cfg(test)]
     CpuExact,
@@ -64,6 +67,7 @@ impl Compute {
         Ok(match self.kind {
             BackendKind::Reference => Arc::new(Reference::EXACT),
             BackendKind::Cpu => Arc::new(Cpu::new(self.threads)?),
+            BackendKind::Cuda => unimplemented!(),
             #[cfg(test)]
             BackendKind::CpuExact => Arc::new(Cpu::exact(self.threads)),
             #[cfg(test)]
@@ -79,6 +83,7 @@ pub fn numerics(kind: BackendKind) -> String {
     match kind {
         BackendKind::Reference => "reference:f32".to_owned(),
         BackendKind::Cpu => format!("cpu:{}", cpu::numerics()),
+        BackendKind::Cuda => unimplemented!(),
         #[cfg(test)]
         BackendKind::CpuExact | BackendKind::Naive => {
             unreachable!("BUG: no backend says that it is this kind")
@@ -445,6 +450,11 @@ pub trait Backend: Debug + Send + Sync {
     /// y (n) += x (n).
     fn add(&self, y: &mut Buffer, x: &Buffer);
 
+    /// y (T,V) = x (T,C) · headᵀ, as exact as can be.
+    fn logits(&self, y: &mut Buffer, x: &Buffer, head: &Matrix) {
+        self.linear(y, x, head, Write::Overwrite);
+    }
+
     /// y (n) *= factor.
     fn scale(&self, y: &mut Buffer, factor: f32);
 
@@ -538,9 +548,10 @@ pub trait Backend: Debug + Send + Sync {
         y.update(|y| host::dropout(y, &x, dropped, write));
     }
 
-    /// x (T,C) += uniform noise in ±bound (T), from the stream of its row (T).
-    fn add_noise(&self, x: &mut Buffer, rows: &[u64], bounds: &[f32]) {
-        x.update(|x| host::add_noise(x, rows, bounds));
+    /// x (T,C) += uniform noise in ±alpha / sqrt(L·C), from the stream of its row (T), L the tokens of the row's
+    /// sequence (T).
+    fn add_noise(&self, x: &mut Buffer, rows: &[u64], lengths: &[usize], alpha: f32) {
+        x.update(|x| host::add_noise(x, rows, lengths, alpha));
     }
 
     /// Whether no value is infinite or not a number.

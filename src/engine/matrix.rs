@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::backend::DeviceMatrix;
 use crate::quant::Nf4;
 
 /// Bytes that outlive their user: owned, or a range of a mapped file.
@@ -65,9 +66,19 @@ pub enum Values {
     F16(Bytes),
     /// NF4 blocks of 64 consecutive values across row ends, as bitsandbytes stores them.
     Nf4(Nf4),
+    /// In the memory of a device, whose operations alone can read it.
+    Device(DeviceMatrix),
 }
 
 impl Matrix {
+    /// The weight in host memory, wherever it is.
+    pub fn on_host(&self) -> Self {
+        match &self.values {
+            Values::Device(values) => Self { values: values.to_host(self.rows * self.cols), ..*self },
+            _ => self.clone(),
+        }
+    }
+
     /// A matrix of owned f32 values.
     pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
         assert_eq!(values.len(), rows * cols, "BUG: shape does not fit the values");
@@ -97,6 +108,7 @@ impl Matrix {
                 }
             }
             Values::Nf4(nf4) => nf4.decode(start, out),
+            Values::Device(_) => Self::elsewhere(),
         }
     }
 
@@ -105,6 +117,11 @@ impl Matrix {
         let mut out = vec![0.0; self.rows * self.cols];
         self.decode(0, &mut out);
         out
+    }
+
+    /// What host memory does with a device's weight.
+    pub(crate) fn elsewhere() -> ! {
+        unreachable!("BUG: a device's weight read as if it were in host memory")
     }
 
     /// Those of [`Matrix::size_bytes`] that are pages of a file, read when they are first touched.
@@ -123,6 +140,7 @@ impl Matrix {
         match &self.values {
             Values::F32(bytes) | Values::Bf16(bytes) | Values::F16(bytes) => bytes.as_slice().len(),
             Values::Nf4(nf4) => nf4.size_bytes(),
+            Values::Device(values) => values.size_bytes(self.rows * self.cols),
         }
     }
 }

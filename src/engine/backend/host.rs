@@ -84,9 +84,10 @@ pub(super) fn dropout(y: &mut [f32], x: &[f32], dropped: &Dropped<'_>, write: Wr
     });
 }
 
-pub(super) fn add_noise(x: &mut [f32], rows: &[u64], bounds: &[f32]) {
+pub(super) fn add_noise(x: &mut [f32], rows: &[u64], lengths: &[usize], alpha: f32) {
     let c = x.len() / rows.len();
-    x.par_chunks_exact_mut(c).zip(rows).zip(bounds).for_each(|((values, &row), bound)| {
+    x.par_chunks_exact_mut(c).zip(rows).zip(lengths).for_each(|((values, &row), &length)| {
+        let bound = alpha / ((length * c) as f32).sqrt();
         for (channel, value) in values.iter_mut().enumerate() {
             // Streams of linear layers start at `mix` of their number; this one at the row itself.
             let unit = (bits(row, channel) >> 40) as f32 / (1 << 24) as f32;

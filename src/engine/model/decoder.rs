@@ -16,7 +16,7 @@ use super::cache::{CacheLayout, Kept, KvCache, LayerCache};
 use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace};
 use super::{ModelError, Pack};
 use crate::adapter::{Gradients, StateSpace};
-use crate::backend::{Backend, Buffer, LogitMap, Write};
+use crate::backend::{Backend, Buffer, LogitMap};
 use crate::matrix::Matrix;
 
 /// Embedding, layers, norm, head.
@@ -206,7 +206,7 @@ impl Decoder {
         let Workspace { stream, head, .. } = workspace;
         self.gather(pass, rows, stream, head);
         let logits = pass.exact(&mut head.logits, rows.len() * self.head.rows);
-        pass.backend.linear(logits, &head.normed, &self.head, Write::Overwrite);
+        pass.backend.logits(logits, &head.normed, &self.head);
         pass.backend.map_logits(logits, self.logits);
         logits
     }

@@ -72,10 +72,7 @@ impl RowNoise {
         if self.neftune_alpha == 0.0 || self.rows.is_empty() {
             return;
         }
-        let (c, alpha) = (stream.len() / self.rows.len(), self.neftune_alpha);
-        let bounds: Vec<f32> =
-            self.lengths.iter().map(|&length| alpha / ((length * c) as f32).sqrt()).collect();
-        backend.add_noise(stream, &self.rows, &bounds);
+        backend.add_noise(stream, &self.rows, &self.lengths, self.neftune_alpha);
     }
 }
 

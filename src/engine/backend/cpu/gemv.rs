@@ -53,6 +53,7 @@ fn of_rows<const M: usize>(cpu: &Cpu, y: Shared<'_>, x: &[f32], weight: &Matrix,
             assert!(bytes.as_slice().len() >= values * 2, "BUG: a weight lacks values");
             bands::<F16<'_>, M>(cpu, y, x, shape, F16(bytes.as_slice()), write);
         }
+        Values::Device(_) => Matrix::elsewhere(),
         Values::Nf4(nf4) => {
             let packed = nf4.packed.as_slice();
             assert!(packed.len() * 2 >= values, "BUG: a weight lacks codes");

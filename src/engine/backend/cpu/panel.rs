@@ -76,6 +76,7 @@ pub(super) unsafe fn visit(weight: &Matrix, visitor: impl Visitor) {
             Values::F32(bytes) => visitor.visit(F32Bytes(checked(bytes.as_slice(), 4))),
             Values::Bf16(bytes) => visitor.visit(Bf16(checked(bytes.as_slice(), 2))),
             Values::F16(bytes) => visitor.visit(F16(checked(bytes.as_slice(), 2))),
+            Values::Device(_) => Matrix::elsewhere(),
             Values::Nf4(nf4) => {
                 let packed = nf4.packed.as_slice();
                 assert!(packed.len() * 2 >= values, "BUG: a weight lacks codes");

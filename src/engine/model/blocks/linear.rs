@@ -203,10 +203,10 @@ impl Linear {
         let (n, k) = (self.weight.rows, self.weight.cols);
         let lora = adapter.lora(self.index);
         let a = lora.map(|lora| Matrix::from_f32(lora.rank, k, &lora.a.host()));
-        let mut norms = vec![0.0; n];
+        let (mut norms, weight) = (vec![0.0; n], self.weight.on_host());
         norms.par_chunks_mut(NORM_ROWS).enumerate().for_each(|(chunk, norms)| {
             let (start, mut rows) = (chunk * NORM_ROWS, Buffer::zeros(norms.len() * k));
-            self.weight.decode(start * k, &mut rows);
+            weight.decode(start * k, &mut rows);
             if let Some((lora, a)) = lora.zip(a.as_ref()) {
                 let b = &lora.b[start * lora.rank..(start + norms.len()) * lora.rank];
                 let b: Buffer = b.iter().map(|value| lora.scale * value).collect();
