@@ -3,5 +3,7 @@
 mod harness;
 
 mod kernels {
+    mod convert;
+    mod nf4;
     mod shared;
 }
