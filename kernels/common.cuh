@@ -115,3 +115,76 @@ DEVICE float block_max(float x, float* scratch) {
     __syncthreads();
     return most;
 }
+
+// A matrix of bf16 in global memory: rows `ld` values apart.
+struct Operand {
+    const bf16* at;
+    int ld;
+    int rows;
+    int cols;
+    bool aligned;       // rows begin on 16 bytes
+};
+
+DEVICE Operand operand(const bf16* at, int ld, int rows, int cols) {
+    return Operand{at, ld, rows, cols, (u64)at % 16 == 0 && ld % 8 == 0};
+}
+
+// A part of an operand in shared memory, (ROWS,COLS) bf16 in chunks of 8 values. Chunks of a row are exchanged by the
+// row's number, so that 8 rows of one column of chunks lie in different banks: ldmatrix and copies meet no conflicts.
+template <int ROWS, int COLS> struct Panel {
+    static constexpr int CHUNKS = COLS / 8;
+    static constexpr int SIZE = ROWS * COLS;
+    static constexpr int SHIFT = CHUNKS == 1 ? 3 : CHUNKS == 2 ? 2 : CHUNKS == 4 ? 1 : 0;
+    static constexpr int MASK = CHUNKS < 8 ? CHUNKS - 1 : 7;
+
+    // Where a chunk begins.
+    DEVICE static int chunk_at(int row, int chunk) { return row * COLS + (chunk ^ row >> SHIFT & MASK) * 8; }
+
+    // Brings the panel that begins at (row,col); what lies outside of the operand becomes zero. Arrives with the copies
+    // of the group; rows that are not aligned are there at the next barrier.
+    template <int THREADS> DEVICE static void load(bf16* panel, const Operand& from, int first_row, int first_col) {
+        static_assert(SIZE / 8 % THREADS == 0, "whole turns");
+        if (from.aligned) {
+#pragma unroll
+            for (int i = threadIdx.x; i < SIZE / 8; i += THREADS) {
+                int row = i / CHUNKS, chunk = i % CHUNKS;
+                int from_row = first_row + row, col = first_col + chunk * 8;
+                int values = from_row < from.rows ? max(0, min(8, from.cols - col)) : 0;
+                i64 at = values > 0 ? (i64)from_row * from.ld + col : 0;
+                copy_async(panel + chunk_at(row, chunk), from.at + at, 2 * values);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < SIZE; i += THREADS) {
+                int row = i / COLS, col = i % COLS;
+                bool inside = first_row + row < from.rows && first_col + col < from.cols;
+                bf16 value = inside ? from.at[(i64)(first_row + row) * from.ld + first_col + col] : bf16{0};
+                panel[chunk_at(row, col / 8) + col % 8] = value;
+            }
+        }
+    }
+
+    // The left factor (16,16) of an mma at (row,depth) of a panel (rows,depth).
+    DEVICE static void left(u32 (&a)[4], const bf16* panel, int row, int depth) {
+        int lane = threadIdx.x % WARP;
+        load_matrices(a, panel + chunk_at(row + lane % 16, depth / 8 + lane / 16));
+    }
+
+    // The same of a panel (depth,rows).
+    DEVICE static void left_of_transposed(u32 (&a)[4], const bf16* panel, int row, int depth) {
+        int lane = threadIdx.x % WARP;
+        load_matrices_transposed(a, panel + chunk_at(depth + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+    }
+
+    // Two right factors (16,8), side by side, of a panel (columns,depth): the product is with its transpose.
+    DEVICE static void right(u32 (&b)[4], const bf16* panel, int col, int depth) {
+        int lane = threadIdx.x % WARP;
+        load_matrices(b, panel + chunk_at(col + lane / 16 * 8 + lane % 8, depth / 8 + lane / 8 % 2));
+    }
+
+    // The same of a panel (depth,columns).
+    DEVICE static void right_of_transposed(u32 (&b)[4], const bf16* panel, int col, int depth) {
+        int lane = threadIdx.x % WARP;
+        load_matrices_transposed(b, panel + chunk_at(depth + lane % 16, col / 8 + lane / 16));
+    }
+};

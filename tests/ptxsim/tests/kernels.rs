@@ -4,6 +4,7 @@ mod harness;
 
 mod kernels {
     mod convert;
+    mod gemm;
     mod nf4;
     mod shared;
 }
