@@ -143,15 +143,18 @@ template <int ROWS, int COLS> struct Panel {
     // Brings the panel that begins at (row,col); what lies outside of the operand becomes zero. Arrives with the copies
     // of the group; rows that are not aligned are there at the next barrier.
     template <int THREADS> DEVICE static void load(bf16* panel, const Operand& from, int first_row, int first_col) {
-        static_assert(SIZE / 8 % THREADS == 0, "whole turns");
+        constexpr int STEP = THREADS / CHUNKS;
+        static_assert(THREADS % CHUNKS == 0 && STEP % 8 == 0 && ROWS % STEP == 0, "whole turns, one exchange");
         if (from.aligned) {
+            int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, col = first_col + chunk * 8;
+            int bytes = 2 * max(0, min(8, from.cols - col));
+            const bf16* source = from.at + (i64)(first_row + row) * from.ld + col;
+            bf16* to = panel + chunk_at(row, chunk);
 #pragma unroll
-            for (int i = threadIdx.x; i < SIZE / 8; i += THREADS) {
-                int row = i / CHUNKS, chunk = i % CHUNKS;
-                int from_row = first_row + row, col = first_col + chunk * 8;
-                int values = from_row < from.rows ? max(0, min(8, from.cols - col)) : 0;
-                i64 at = values > 0 ? (i64)from_row * from.ld + col : 0;
-                copy_async(panel + chunk_at(row, chunk), from.at + at, 2 * values);
+            for (int i = 0; i < ROWS / STEP; i++) {
+                bool inside = first_row + row + i * STEP < from.rows;
+                copy_async(to + i * STEP * COLS, source, inside ? bytes : 0);
+                source += (i64)STEP * from.ld;
             }
         } else {
 #pragma unroll 1
@@ -164,27 +167,28 @@ template <int ROWS, int COLS> struct Panel {
         }
     }
 
-    // The left factor (16,16) of an mma at (row,depth) of a panel (rows,depth).
+    // The left factor (16,16) of an mma at (row,depth) of a panel (rows,depth). Rows and depths of factors are
+    // multiples of 8, so that the exchange depends on the lane alone.
     DEVICE static void left(u32 (&a)[4], const bf16* panel, int row, int depth) {
         int lane = threadIdx.x % WARP;
-        load_matrices(a, panel + chunk_at(row + lane % 16, depth / 8 + lane / 16));
+        load_matrices(a, panel + chunk_at(lane % 16, depth / 8 + lane / 16) + row * COLS);
     }
 
     // The same of a panel (depth,rows).
     DEVICE static void left_of_transposed(u32 (&a)[4], const bf16* panel, int row, int depth) {
         int lane = threadIdx.x % WARP;
-        load_matrices_transposed(a, panel + chunk_at(depth + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+        load_matrices_transposed(a, panel + chunk_at(lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2) + depth * COLS);
     }
 
     // Two right factors (16,8), side by side, of a panel (columns,depth): the product is with its transpose.
     DEVICE static void right(u32 (&b)[4], const bf16* panel, int col, int depth) {
         int lane = threadIdx.x % WARP;
-        load_matrices(b, panel + chunk_at(col + lane / 16 * 8 + lane % 8, depth / 8 + lane / 8 % 2));
+        load_matrices(b, panel + chunk_at(lane / 16 * 8 + lane % 8, depth / 8 + lane / 8 % 2) + col * COLS);
     }
 
     // The same of a panel (depth,columns).
     DEVICE static void right_of_transposed(u32 (&b)[4], const bf16* panel, int col, int depth) {
         int lane = threadIdx.x % WARP;
-        load_matrices_transposed(b, panel + chunk_at(depth + lane % 16, col / 8 + lane / 16));
+        load_matrices_transposed(b, panel + chunk_at(lane % 16, col / 8 + lane / 16) + depth * COLS);
     }
 };

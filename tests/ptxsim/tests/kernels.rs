@@ -5,6 +5,7 @@ mod harness;
 mod kernels {
     mod convert;
     mod gemm;
+    mod lora;
     mod nf4;
     mod shared;
 }
