@@ -704,6 +704,14 @@ impl Gpu {
                         }
                     })
                 }
+                "bfi" => {
+                    let (a, b, c, d) = (src!(1), src!(2), src!(3), src!(4));
+                    put!(&i.o[0], |l: usize| {
+                        let (at, n) = ((c[l] & 255).min(64) as u32, (d[l] & 255).min(32) as u32);
+                        let field = if at >= t.w { 0 } else { msk(n.max(1)) << at & msk(t.w) };
+                        if n == 0 { b[l] } else { b[l] & !field | a[l] << at.min(63) & field }
+                    })
+                }
                 "lop3" => {
                     let (a, b, c, f) = (src!(1), src!(2), src!(3), src!(4));
                     put!(&i.o[0], |l: usize| {

@@ -3,5 +3,9 @@
 mod harness;
 
 mod kernels {
+    mod convert;
+    mod gemm;
+    mod lora;
+    mod nf4;
     mod shared;
 }
