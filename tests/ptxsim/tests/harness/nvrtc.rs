@@ -1,0 +1,192 @@
+//! NVRTC, loaded from a folder at run time. No CUDA is linked, and nothing is skipped when it is missing.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::ptr::null_mut;
+use std::sync::{Mutex, OnceLock};
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
+
+const HOW_TO_GET_IT: &str = "\
+the kernels are compiled by NVRTC, a library that needs neither a GPU nor a toolkit:
+    pip download --no-deps nvidia-cuda-nvrtc==13.0.*
+    unzip nvidia_cuda_nvrtc-*.whl -d target/nvrtc
+(any folder will do: TUNESMITH_NVRTC names the one that holds libnvrtc.so.*)";
+
+/// What a program is compiled for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Options<'a> {
+    /// PTX that every later card takes, with source lines.
+    Portable,
+    /// Machine code of one architecture; the log names registers and spills.
+    Cubin(&'a str),
+}
+
+type Program = *mut c_void;
+type Status = c_int;
+
+struct Nvrtc {
+    create: Symbol<
+        unsafe extern "C" fn(
+            *mut Program,
+            *const c_char,
+            *const c_char,
+            c_int,
+            *const *const c_char,
+            *const *const c_char,
+        ) -> Status,
+    >,
+    compile: Symbol<unsafe extern "C" fn(Program, c_int, *const *const c_char) -> Status>,
+    destroy: Symbol<unsafe extern "C" fn(*mut Program) -> Status>,
+    ptx_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
+    ptx: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    log_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
+    log: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    error: Symbol<unsafe extern "C" fn(Status) -> *const c_char>,
+}
+
+/// The PTX of `source`, or NVRTC's log.
+pub(crate) fn ptx(name: &str, source: &str) -> Result<String, String> {
+    run(name, source, Options::Portable).map(|(ptx, _)| ptx)
+}
+
+/// NVRTC's log of compiling `source` to machine code for `arch` (`sm_80`): registers, spills, shared memory.
+pub(crate) fn resources(name: &str, source: &str, arch: &str) -> Result<String, String> {
+    run(name, source, Options::Cubin(arch)).map(|(_, log)| log)
+}
+
+fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String), String> {
+    let nvrtc = nvrtc();
+    let c_string = |text: &str| CString::new(text).expect("no NUL in sources");
+    let (source, name) = (c_string(source), c_string(name));
+    let header = c_string(&super::source("common.cuh"));
+    let header_name = c_string("common.cuh");
+    let texts: Vec<CString> = match options {
+        Options::Portable => vec!["--gpu-architecture=compute_80".to_owned(), "-lineinfo".to_owned()],
+        Options::Cubin(arch) => {
+            vec![format!("--gpu-architecture={arch}"), "--ptxas-options=-v".to_owned()]
+        }
+    }
+    .iter()
+    .chain(&["--std=c++17".to_owned()])
+    .map(|text| c_string(text))
+    .collect();
+    let pointers: Vec<*const c_char> = texts.iter().map(|text| text.as_ptr()).collect();
+    let mut program: Program = null_mut();
+    // SAFETY: all strings live to the end of this function; NVRTC copies them.
+    let status = unsafe {
+        (nvrtc.create)(
+            &raw mut program,
+            source.as_ptr(),
+            name.as_ptr(),
+            1,
+            &header.as_ptr(),
+            &header_name.as_ptr(),
+        )
+    };
+    nvrtc.check(status)?;
+    // SAFETY: `program` was created above, the options are as many as said.
+    let status = unsafe { (nvrtc.compile)(program, pointers.len() as c_int, pointers.as_ptr()) };
+    let log = nvrtc.text(program, &nvrtc.log_size, &nvrtc.log)?;
+    let result = match nvrtc.check(status) {
+        Err(error) => Err(format!("{error}\n{log}")),
+        Ok(()) => nvrtc.text(program, &nvrtc.ptx_size, &nvrtc.ptx).map(|ptx| (ptx, log)),
+    };
+    // SAFETY: destroyed once, not used after.
+    unsafe { (nvrtc.destroy)(&raw mut program) };
+    result
+}
+
+impl Nvrtc {
+    fn check(&self, status: Status) -> Result<(), String> {
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: NVRTC returns a static string for every status.
+        Err(unsafe { CStr::from_ptr((self.error)(status)) }.to_string_lossy().into_owned())
+    }
+
+    fn text(
+        &self,
+        program: Program,
+        size: &Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
+        get: &Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    ) -> Result<String, String> {
+        let mut bytes = 0usize;
+        // SAFETY: the program lives; NVRTC writes the size.
+        self.check(unsafe { size(program, &raw mut bytes) })?;
+        let mut text = vec![0u8; bytes.max(1)];
+        // SAFETY: the buffer has the size that NVRTC named.
+        self.check(unsafe { get(program, text.as_mut_ptr().cast()) })?;
+        text.truncate(text.iter().position(|&byte| byte == 0).unwrap_or(text.len()));
+        String::from_utf8(text).map_err(|error| error.to_string())
+    }
+}
+
+fn nvrtc() -> &'static Nvrtc {
+    static NVRTC: OnceLock<Nvrtc> = OnceLock::new();
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _once = LOADING.lock();
+    NVRTC.get_or_init(|| {
+        let (folder, library) = find().unwrap_or_else(|| panic!("NVRTC was not found\n{HOW_TO_GET_IT}"));
+        load(&folder, &library)
+            .unwrap_or_else(|error| panic!("`{}`: {error}\n{HOW_TO_GET_IT}", library.display()))
+    })
+}
+
+/// The folder and the library: `TUNESMITH_NVRTC`, else `nvrtc` in the folder Cargo builds into.
+fn find() -> Option<(PathBuf, PathBuf)> {
+    if let Some(named) = std::env::var_os("TUNESMITH_NVRTC") {
+        return search(Path::new(&named), 5);
+    }
+    let workspace = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
+    search(&target.join("nvrtc"), 5).or_else(|| search(&workspace.join("target/nvrtc"), 5))
+}
+
+/// `libnvrtc.so.*` in `folder` or below: a wheel keeps it some folders down.
+fn search(folder: &Path, depth: u32) -> Option<(PathBuf, PathBuf)> {
+    let mut entries: Vec<PathBuf> =
+        std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    entries.sort();
+    let library = entries.iter().find(|path| file_name(path).starts_with("libnvrtc.so"));
+    if let Some(library) = library {
+        return Some((folder.to_owned(), library.clone()));
+    }
+    entries.iter().filter(|path| depth > 0 && path.is_dir()).find_map(|path| search(path, depth - 1))
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn load(folder: &Path, library: &Path) -> Result<Nvrtc, libloading::Error> {
+    // NVRTC 13.0 has no search path of its own for its built-ins: they must be there before it asks.
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if file_name(&entry.path()).starts_with("libnvrtc-builtins.so") {
+            std::mem::forget(open(&entry.path())?);
+        }
+    }
+    let library = open(library)?;
+    // SAFETY: the signatures are those of nvrtc.h.
+    let nvrtc = unsafe {
+        Nvrtc {
+            create: library.get(b"nvrtcCreateProgram\0")?,
+            compile: library.get(b"nvrtcCompileProgram\0")?,
+            destroy: library.get(b"nvrtcDestroyProgram\0")?,
+            ptx_size: library.get(b"nvrtcGetPTXSize\0")?,
+            ptx: library.get(b"nvrtcGetPTX\0")?,
+            log_size: library.get(b"nvrtcGetProgramLogSize\0")?,
+            log: library.get(b"nvrtcGetProgramLog\0")?,
+            error: library.get(b"nvrtcGetErrorString\0")?,
+        }
+    };
+    // The library stays for as long as its symbols: to the end of the process.
+    std::mem::forget(library);
+    Ok(nvrtc)
+}
+
+fn open(path: &Path) -> Result<Library, libloading::Error> {
+    // SAFETY: NVRTC's initialisers have no conditions.
+    unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }
+}
