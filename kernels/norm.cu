@@ -5,7 +5,8 @@
 //   dx     += inverse · (weight · dy) - inverse³ / group · (weight · dy · x summed) · x
 //
 // Shapes: x, y, dy, dx bf16, `groups` groups of `group` values each, dense: a row of T where the norm is of whole rows,
-// a head where it is of heads. weight (channels) f32; group g uses weight[g · group % channels ...].
+// a head where it is of heads. weight (channels) f32; group g uses weight[g · group % channels ...], and
+// `group` divides `channels`.
 // Overwrites y, adds to dx. The gradient recomputes the norm from x: nothing is saved. Sums in f32.
 //
 //   entry                          group       grid                                  block
@@ -82,7 +83,7 @@ KERNEL __launch_bounds__(1024) rms_norm(bf16* y, const bf16* x, const float* wei
                                         float epsilon) {
     __shared__ float scratch[WARP];
     i64 start = (i64)blockIdx.x * group;
-    weight += start % channels;
+    weight += blockIdx.x % (channels / group) * group;
     bool wide = aligned(x, y, weight) && group % 8 == 0;
     Eight values[HELD];
     float sum = 0.0f;
@@ -104,7 +105,7 @@ KERNEL __launch_bounds__(1024) rms_norm(bf16* y, const bf16* x, const float* wei
 KERNEL __launch_bounds__(1024) rms_norm_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight, int groups,
                                                  int group, int channels, float epsilon) {
     i64 start = (i64)blockIdx.x * group;
-    weight += start % channels;
+    weight += blockIdx.x % (channels / group) * group;
     bool wide = aligned(x, dy, dx) && aligned(weight) && group % 8 == 0;
     Eight values[HELD], weighted[HELD];
     float2 sums = {0.0f, 0.0f};
@@ -131,17 +132,17 @@ KERNEL __launch_bounds__(1024) rms_norm_backward(bf16* dx, const bf16* dy, const
 
 // A group of up to 256 values: one piece a lane, of a power of two of lanes that stand together in a warp.
 struct Head {
-    i64 start;
-    int first, count, lanes;
+    i64 place;
+    int weight, count, lanes;
 };
 
-DEVICE Head head(int groups, int group) {
-    int lanes = 1;
-    while (lanes * 8 < group) lanes *= 2;
-    i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    i64 index = thread / lanes;
-    int first = (int)(thread % lanes) * 8;
-    return {index * group, first, index < groups ? max(min(group - first, 8), 0) : 0, lanes};
+DEVICE Head head(int groups, int group, int channels) {
+    int bits = 32 - __clz((group + 7) / 8 - 1);
+    u32 thread = blockIdx.x * blockDim.x + threadIdx.x;
+    u32 index = thread >> bits;
+    int first = (thread & ((1 << bits) - 1)) * 8;
+    int count = index < groups ? max(min(group - first, 8), 0) : 0;
+    return {(i64)index * group + first, (int)(index % (channels / group)) * group + first, count, 1 << bits};
 }
 
 DEVICE float lanes_sum(float x, int lanes) {
@@ -151,27 +152,23 @@ DEVICE float lanes_sum(float x, int lanes) {
 
 KERNEL __launch_bounds__(256) rms_norm_heads(bf16* y, const bf16* x, const float* weight, int groups, int group,
                                              int channels, float epsilon) {
-    Head at = head(groups, group);
-    i64 place = at.start + at.first;
-    weight += at.start % channels;
+    Head at = head(groups, group, channels);
     bool wide = aligned(x, y, weight) && group % 8 == 0;
-    Eight values = load_eight(x + place, at.count, wide);
+    Eight values = load_eight(x + at.place, at.count, wide);
     float inverse = rsqrtf(lanes_sum(squares(values), at.lanes) / group + epsilon);
-    Eight factors = load_eight(weight + at.first, at.count, wide);
-    store_eight(y + place, product(values, factors, inverse), at.count, wide);
+    Eight factors = load_eight(weight + at.weight, at.count, wide);
+    store_eight(y + at.place, product(values, factors, inverse), at.count, wide);
 }
 
 KERNEL __launch_bounds__(256) rms_norm_heads_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight,
                                                       int groups, int group, int channels, float epsilon) {
-    Head at = head(groups, group);
-    i64 place = at.start + at.first;
-    weight += at.start % channels;
+    Head at = head(groups, group, channels);
     bool wide = aligned(x, dy, dx) && aligned(weight) && group % 8 == 0;
-    Eight values = load_eight(x + place, at.count, wide);
-    Eight factors = load_eight(weight + at.first, at.count, wide);
-    Eight weighted = product(load_eight(dy + place, at.count, wide), factors, 1.0f);
+    Eight values = load_eight(x + at.place, at.count, wide);
+    Eight factors = load_eight(weight + at.weight, at.count, wide);
+    Eight weighted = product(load_eight(dy + at.place, at.count, wide), factors, 1.0f);
     float inverse = rsqrtf(lanes_sum(squares(values), at.lanes) / group + epsilon);
     float pull = lanes_sum(dot(values, weighted), at.lanes) * inverse * inverse * inverse / group;
-    Eight before = load_eight(dx + place, at.count, wide);
-    store_eight(dx + place, gradient(before, weighted, values, inverse, pull), at.count, wide);
+    Eight before = load_eight(dx + at.place, at.count, wide);
+    store_eight(dx + at.place, gradient(before, weighted, values, inverse, pull), at.count, wide);
 }

@@ -20,12 +20,11 @@ constexpr int HEADS = 4;
 
 KERNEL __launch_bounds__(256) rope(bf16* x, const float* cos, const float* sin, const int* positions, int rows, int heads,
                                    int head_dim, int backward) {
-    int half = head_dim / 2, pieces = (half + 7) / 8, quarter = (heads + HEADS - 1) / HEADS;
-    i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    int first = (int)(index % pieces) * 8;
-    index /= pieces;
-    int head = (int)(index % quarter);
-    i64 row = index / quarter;
+    int half = head_dim / 2;
+    u32 pieces = (half + 7) / 8, quarter = (heads + HEADS - 1) / HEADS;
+    u32 index = blockIdx.x * blockDim.x + threadIdx.x, turn = index / pieces;
+    int first = index % pieces * 8, head = turn % quarter;
+    i64 row = turn / quarter;
     if (row >= rows) return;
     int count = min(half - first, 8);
     i64 angles = (i64)positions[row] * half + first;
@@ -40,9 +39,9 @@ KERNEL __launch_bounds__(256) rope(bf16* x, const float* cos, const float* sin, 
         Eight low = load_eight(at, count, wide), high = load_eight(at + half, count, wide), turned;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float turn = sign * sine.at[j];
-            turned.at[j] = low.at[j] * cosine.at[j] - high.at[j] * turn;
-            high.at[j] = high.at[j] * cosine.at[j] + low.at[j] * turn;
+            float along = cosine.at[j], across = sign * sine.at[j];
+            turned.at[j] = low.at[j] * along - high.at[j] * across;
+            high.at[j] = high.at[j] * along + low.at[j] * across;
         }
         store_eight(at, turned, count, wide);
         store_eight(at + half, high, count, wide);

@@ -3,5 +3,10 @@
 mod harness;
 
 mod kernels {
+    mod glu;
+    mod norm;
+    mod orders;
+    mod rope;
+    mod rows;
     mod shared;
 }
