@@ -141,11 +141,11 @@ DEVICE Eight load_eight(const bf16* from, int count, bool aligned) {
 }
 
 DEVICE Eight load_eight(const float* from, int count, bool aligned) {
-    Eight x;
     if (aligned && count >= 8) {
         float4 low = ((const float4*)from)[0], high = ((const float4*)from)[1];
         return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     }
+    Eight x;
 #pragma unroll
     for (int i = 0; i < 8; i++) x.at[i] = i < count ? from[i] : 0.0f;
     return x;
@@ -161,6 +161,17 @@ DEVICE void store_eight(bf16* to, const Eight& x, int count, bool aligned) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
         if (i < count) to[i] = to_bf16(x.at[i]);
+}
+
+DEVICE void store_eight(float* to, const Eight& x, int count, bool aligned) {
+    if (aligned && count >= 8) {
+        ((float4*)to)[0] = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]);
+        ((float4*)to)[1] = make_float4(x.at[4], x.at[5], x.at[6], x.at[7]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count) to[i] = x.at[i];
 }
 
 // 1 / (1 + exp(-x)), within 3 ulp; 0 and 1 far out.

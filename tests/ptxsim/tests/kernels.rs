@@ -3,10 +3,13 @@
 mod harness;
 
 mod kernels {
+    mod conv;
     mod glu;
+    mod noise;
     mod norm;
     mod orders;
     mod rope;
     mod rows;
     mod shared;
+    mod spans;
 }
