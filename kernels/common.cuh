@@ -181,3 +181,12 @@ DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 struct Span {
     int queries_start, queries_end, keys_start, keys_end, prefix_start, prefix_end;
 };
+
+// log(1 + exp(x))
+DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(__expf(x)); }
+
+// A Mamba2 row's dt, clamped after its softplus; what is no number stays none.
+DEVICE float time_step(float raw, float low, float high) {
+    float soft = softplus(raw);
+    return soft < low ? low : soft > high ? high : soft;
+}

@@ -10,6 +10,8 @@ mod kernels {
     mod orders;
     mod rope;
     mod rows;
+    mod scan;
+    mod scan_case;
     mod shared;
     mod spans;
 }
