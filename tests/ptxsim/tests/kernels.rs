@@ -7,5 +7,15 @@ mod kernels {
     mod gemm;
     mod lora;
     mod nf4;
+    mod conv;
+    mod glu;
+    mod noise;
+    mod norm;
+    mod orders;
+    mod rope;
+    mod rows;
+    mod scan;
+    mod scan_case;
     mod shared;
+    mod spans;
 }
