@@ -80,6 +80,55 @@ template <int Pending> DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// A tile of rows of D values in shared memory, D a multiple of 16: where eight values begin that are piece `piece` of
+// `row`. The pieces of a row are permuted by its number, so that no access meets a bank twice, without padding.
+template <int D> DEVICE int piece_at(int row, int piece) {
+    constexpr int PIECES = D / 8;
+    constexpr int BITS = PIECES % 8 == 0 ? 3 : PIECES % 4 == 0 ? 2 : 1;
+    return row * D + (piece ^ ((row >> (3 - BITS)) & ((1 << BITS) - 1))) * 8;
+}
+
+// The fragments of a tile for mma_16x16: of 16 rows from `row` and 16 columns from that of `piece` on.
+// As its first factor: rows by columns.
+template <int D> DEVICE void load_left(u32 (&r)[4], const bf16* tile, int row, int piece) {
+    const int lane = threadIdx.x % WARP;
+    load_matrices(r, tile + piece_at<D>(row + lane % 16, piece + lane / 16));
+}
+
+// As its second factor, rows by columns.
+template <int D> DEVICE void load_right(u32 (&r)[4], const bf16* tile, int row, int piece) {
+    const int lane = threadIdx.x % WARP;
+    load_matrices_transposed(r, tile + piece_at<D>(row + lane % 16, piece + lane / 16));
+}
+
+// As its second factor, columns by rows.
+template <int D> DEVICE void load_right_transposed(u32 (&r)[4], const bf16* tile, int row, int piece) {
+    const int lane = threadIdx.x % WARP;
+    load_matrices(r, tile + piece_at<D>(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
+}
+
+// d (16,16) += a (16,16) · b (16,16); d is two blocks of eight columns.
+DEVICE void mma_16x16(float (&left)[4], float (&right)[4], const u32 (&a)[4], const u32 (&b)[4]) {
+    const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+    mma_m16n8k16(left, a, low);
+    mma_m16n8k16(right, a, high);
+}
+
+// A product's two blocks of eight columns as the first factor of the next, rounded.
+DEVICE void round_left(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = to_bf16x2(left[0], left[1]);
+    a[1] = to_bf16x2(left[2], left[3]);
+    a[2] = to_bf16x2(right[0], right[1]);
+    a[3] = to_bf16x2(right[2], right[3]);
+}
+
+// 2^x within 2 ulp; 0 below the normal numbers.
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // The sum over the lanes of a warp, the same bits in each.
@@ -115,3 +164,8 @@ DEVICE float block_max(float x, float* scratch) {
     __syncthreads();
     return most;
 }
+
+// Sequences of a pack as the backend names them: rows first..end of each; `prefix` precedes `keys`.
+struct Span {
+    int queries_start, queries_end, keys_start, keys_end, prefix_start, prefix_end;
+};
