@@ -36,14 +36,15 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr float LN_2 = 0.693147181f;
 #define NOTHING_SEEN __int_as_float(0xff800000)
 
-// Brings ROWS rows of one head to a tile; row_of gives the row of each, or -1 for zeros.
-template <int D, int ROWS, class RowOf> DEVICE void copy_rows(bf16* tile, const bf16* from, i64 stride, RowOf row_of) {
+// Brings the first `count` of ROWS rows of one head to a tile, zeros for the rest. `row_of` gives the row of each.
+template <int D, int ROWS, class RowOf>
+DEVICE void copy_rows(Tile<D> tile, const bf16* head, int stride, int count, RowOf row_of) {
     constexpr int PIECES = D / 8;
 #pragma unroll
     for (int first = 0; first < ROWS * PIECES; first += THREADS) {
         const int r = (first + threadIdx.x) / PIECES, piece = (first + threadIdx.x) % PIECES;
-        const int row = row_of(r);
-        copy_async(tile + piece_at<D>(r, piece), from + max(row, 0) * stride + piece * 8, row < 0 ? 0 : 16);
+        const bf16* from = head + (i64)row_of(min(r, count - 1)) * stride + piece * 8;
+        copy_async(tile.address + Tile<D>::offset(r, piece), from, r < count ? 16 : 0);
     }
 }
 
@@ -54,9 +55,8 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     // Whether queries stay in registers as fragments.
     constexpr bool HELD = D <= 128;
     extern __shared__ uint4 shared[];
-    bf16* k_tile = (bf16*)shared;
-    bf16* v_tile = k_tile + KEYS * D;
-    bf16* q_tile = HELD ? v_tile : v_tile + KEYS * D;
+    const Tile<D> k_tile = {shared_address(shared)}, v_tile = {k_tile.address + KEYS * D * 2};
+    const Tile<D> q_tile = {HELD ? v_tile.address : v_tile.address + KEYS * D * 2};
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads);
@@ -67,20 +67,17 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     // Positions: of the first query, and those the block looks at.
     const int first = prefix + span.keys_end - span.keys_start - (span.queries_end - row);
     const int begin = window > 0 ? max(first + 1 - window, 0) / KEYS * KEYS : 0, end = first + queries;
-    const i64 q_stride = (i64)heads * D, k_stride = (i64)kv_heads * D;
     q += head * D;
     k += kv_head * D;
     v += kv_head * D;
 
-    auto copy_keys = [&](bf16* to, const bf16* from, int at) {
-        copy_rows<D, KEYS>(to, from, k_stride, [&](int r) {
-            const int position = at + r;
-            if (position >= end) return -1;
-            return position < prefix ? span.prefix_start + position : span.keys_start + position - prefix;
+    auto copy_keys = [&](Tile<D> to, const bf16* from, int at) {
+        copy_rows<D, KEYS>(to, from, kv_heads * D, end - at, [&](int r) {
+            return at + r + (at + r < prefix ? span.prefix_start : span.keys_start - prefix);
         });
         commit_copies();
     };
-    copy_rows<D, QUERIES>(q_tile, q, q_stride, [&](int r) { return r < queries ? row + r : -1; });
+    copy_rows<D, QUERIES>(q_tile, q, heads * D, queries, [&](int r) { return row + r; });
     copy_keys(k_tile, k, begin);
 
     u32 q_held[HELD ? STEPS : 1][4];
@@ -88,7 +85,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
         wait_for_copies<0>();
         __syncthreads();
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) load_left<D>(q_held[HELD ? step : 0], q_tile, warp * 16, step * 2);
+        for (int step = 0; step < STEPS; step++) q_tile.load_left(q_held[HELD ? step : 0], warp * 16, step * 2);
     }
 
     // The keys that any query of this warp sees, and the position of its first query.
@@ -116,8 +113,8 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 u32 q_read[4], k_read[4];
-                if (!HELD) load_left<D>(q_read, q_tile, warp * 16, step * 2);
-                load_right_transposed<D>(k_read, k_tile, group * 16, step * 2);
+                if (!HELD) q_tile.load_left(q_read, warp * 16, step * 2);
+                k_tile.load_right_transposed(k_read, group * 16, step * 2);
                 mma_16x16(left, right, HELD ? q_held[HELD ? step : 0] : q_read, k_read);
             }
         }
@@ -179,7 +176,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
                 u32 v_read[4];
-                load_right<D>(v_read, v_tile, group * 16, step * 2);
+                v_tile.load_right(v_read, group * 16, step * 2);
                 mma_16x16(sums[step * 2], sums[step * 2 + 1], probabilities, v_read);
             }
         }
@@ -187,6 +184,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
 
     // The output goes through shared memory, 16 rows a warp, to leave in whole pieces.
     __syncthreads();
+    u8* staged = (u8*)shared + (q_tile.address - k_tile.address);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         total[half] += exchange(total[half], 1);
@@ -194,11 +192,11 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
         const int r = warp * 16 + lane_row + half * 8;
         if (lane % 4 == 0 && r < queries)
             logsumexp[(i64)(row + r) * heads + head] = (most[half] * factor + __log2f(total[half])) * LN_2;
-        const float inverse = 1.0f / total[half];
+        const float inverse = __fdividef(1.0f, total[half]);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             const u32 pair = to_bf16x2(sums[n][half * 2] * inverse, sums[n][half * 2 + 1] * inverse);
-            *(u32*)(q_tile + piece_at<D>(r, n) + lane_column) = pair;
+            *(u32*)(staged + Tile<D>::offset(r, n) + lane_column * 2) = pair;
         }
     }
     __syncwarp();
@@ -206,7 +204,8 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     for (int index = 0; index < D / 16; index++) {
         const int r = warp * 16 + (index * WARP + lane) / (D / 8), piece = (index * WARP + lane) % (D / 8);
         if (r < queries)
-            *(uint4*)(out + (row + r) * q_stride + head * D + piece * 8) = *(const uint4*)(q_tile + piece_at<D>(r, piece));
+            *(uint4*)(out + ((i64)(row + r) * heads + head) * D + piece * 8) =
+                *(const uint4*)(staged + Tile<D>::offset(r, piece));
     }
 }
 

@@ -51,26 +51,35 @@ DEVICE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
+DEVICE void load_matrices(u32 (&r)[4], const void* row) { load_matrices(r, shared_address(row)); }
+
 // The same, each matrix transposed.
-DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    load_matrices_transposed(r, shared_address(row));
 }
 
 // Copies 16 bytes to shared memory behind the program's back; of the source only `bytes` (0 to 16) are read, the
 // rest becomes zero.
+DEVICE void copy_async(u32 shared, const void* global, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 DEVICE void copy_async(void* shared, const void* global, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+    copy_async(shared_address(shared), global, bytes);
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -80,32 +89,44 @@ template <int Pending> DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// A tile of rows of D values in shared memory, D a multiple of 16: where eight values begin that are piece `piece` of
-// `row`. The pieces of a row are permuted by its number, so that no access meets a bank twice, without padding.
-template <int D> DEVICE int piece_at(int row, int piece) {
-    constexpr int PIECES = D / 8;
-    constexpr int BITS = PIECES % 8 == 0 ? 3 : PIECES % 4 == 0 ? 2 : 1;
-    return row * D + (piece ^ ((row >> (3 - BITS)) & ((1 << BITS) - 1))) * 8;
-}
+// A tile of rows of D values in shared memory, D a multiple of 16. The pieces of eight values of a row are permuted by its
+// number, so that no access meets a bank twice, without padding.
+template <int D> struct Tile {
+    static constexpr int BITS = D / 8 % 8 == 0 ? 3 : D / 8 % 4 == 0 ? 2 : 1;
+    u32 address;
 
-// The fragments of a tile for mma_16x16: of 16 rows from `row` and 16 columns from that of `piece` on.
-// As its first factor: rows by columns.
-template <int D> DEVICE void load_left(u32 (&r)[4], const bf16* tile, int row, int piece) {
-    const int lane = threadIdx.x % WARP;
-    load_matrices(r, tile + piece_at<D>(row + lane % 16, piece + lane / 16));
-}
+    static DEVICE int permuted(int row) { return (row >> (3 - BITS)) & ((1 << BITS) - 1); }
 
-// As its second factor, rows by columns.
-template <int D> DEVICE void load_right(u32 (&r)[4], const bf16* tile, int row, int piece) {
-    const int lane = threadIdx.x % WARP;
-    load_matrices_transposed(r, tile + piece_at<D>(row + lane % 16, piece + lane / 16));
-}
+    // Where a piece begins, in bytes.
+    static DEVICE u32 offset(int row, int piece) { return row * (D * 2) + (piece ^ permuted(row)) * 16; }
 
-// As its second factor, columns by rows.
-template <int D> DEVICE void load_right_transposed(u32 (&r)[4], const bf16* tile, int row, int piece) {
-    const int lane = threadIdx.x % WARP;
-    load_matrices(r, tile + piece_at<D>(row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
-}
+    // Fragments of 16 rows from `row` and 16 columns from that of `piece`, both multiples of 16 values. Lane l reads the
+    // piece (l / 16) of row l % 16, or the other way round: of all that is in an address, only two bits depend on both
+    // the lane and the piece.
+    DEVICE u32 lane_address(int lane_row, int lane_piece, int row, int piece) const {
+        const int low = piece & ((1 << BITS) - 1), high = piece - low;
+        const u32 lane = address + lane_row * (D * 2);
+        return lane + ((lane_piece ^ permuted(lane_row)) * 16 ^ low * 16) + (row * (D * 2) + high * 16);
+    }
+
+    // As the first factor of mma_16x16: rows by columns.
+    DEVICE void load_left(u32 (&r)[4], int row, int piece) const {
+        const int lane = threadIdx.x % WARP;
+        load_matrices(r, lane_address(lane % 16, lane / 16, row, piece));
+    }
+
+    // As its second factor: rows by columns.
+    DEVICE void load_right(u32 (&r)[4], int row, int piece) const {
+        const int lane = threadIdx.x % WARP;
+        load_matrices_transposed(r, lane_address(lane % 16, lane / 16, row, piece));
+    }
+
+    // As its second factor: columns by rows.
+    DEVICE void load_right_transposed(u32 (&r)[4], int row, int piece) const {
+        const int lane = threadIdx.x % WARP;
+        load_matrices(r, lane_address(lane % 8 + lane / 16 * 8, lane / 8 % 2, row, piece));
+    }
+};
 
 // d (16,16) += a (16,16) · b (16,16); d is two blocks of eight columns.
 DEVICE void mma_16x16(float (&left)[4], float (&right)[4], const u32 (&a)[4], const u32 (&b)[4]) {

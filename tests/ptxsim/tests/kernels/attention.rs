@@ -299,3 +299,66 @@ fn queries_at_the_end_of_a_cache() {
         check(&shape);
     }
 }
+
+/// Products on tensor cores that the pairs of queries and keys need at least, `factors` a pair, 2048 multiplications each.
+pub(super) fn useful_products(shape: &Shape, factors: usize) -> f64 {
+    let mut pairs = 0;
+    shape.each_query(|_, _, _, keys| pairs += keys.len());
+    (factors * pairs * shape.dim) as f64 / 2048.0
+}
+
+#[test]
+fn memory_is_met_in_whole_sectors_and_without_bank_conflicts() {
+    for dim in [16, 32, 64, 96, 128, 256] {
+        let shape = Shape::plain(1, 1, dim, vec![Span::whole(0..192)]);
+        let counts =
+            launch(kernels("attention.cu"), &shape, &Inputs::new(&shape), Order::Forward).unwrap().counts;
+        assert_eq!(counts.bank_conflicts, 0, "D = {dim}");
+        // All but the spans, which the lanes of a warp read together.
+        assert!(counts.load_efficiency() >= 1.0, "D = {dim}: {}", counts.load_efficiency());
+        assert_eq!(counts.store_efficiency(), 1.0, "D = {dim}");
+        // The diagonal is cut 16 by 16: of 192 keys and queries, 78 such squares, half of the twelve on it wasted.
+        assert_eq!(
+            counts.mma as f64,
+            useful_products(&shape, 2) * (78.0 * 256.0) / (193.0 * 96.0),
+            "D = {dim}"
+        );
+        assert!(
+            counts.warp_instructions < counts.mma * 14 + 15_000,
+            "D = {dim}: {}",
+            counts.warp_instructions
+        );
+    }
+}
+
+#[test]
+fn a_window_and_short_queries_leave_out_what_is_not_seen() {
+    let mma = |window, spans| {
+        let shape = Shape { window, ..Shape::plain(1, 1, 32, spans) };
+        launch(kernels("attention.cu"), &shape, &Inputs::new(&shape), Order::Forward).unwrap().counts.mma
+    };
+    // Pieces of 16 keys and 16 queries: two products of 16 x 16 x 32 each, that is eight instructions.
+    assert_eq!(mma(0, vec![Span { queries: 0..1, keys: 0..300, prefix: 0..0 }]), 19 * 8);
+    assert_eq!(mma(20, vec![Span { queries: 0..1, keys: 0..300, prefix: 0..0 }]), 2 * 8);
+    // The 12 warps' own piece, that before it, and where 17 keys back begin: the last of one further.
+    assert_eq!(mma(17, vec![Span::whole(0..192)]), (12 + 11) * 8);
+}
+
+#[test]
+fn mistakes_are_reported() {
+    let shape = Shape::plain(1, 1, 16, vec![Span::whole(0..130)]);
+    let inputs = Inputs::new(&shape);
+    let fault = |from: &str, to: &str| {
+        launch(planted("attention.cu", from, to), &shape, &inputs, Order::Forward)
+            .err()
+            .map(|fault| fault.kind)
+    };
+    let values_are_here =
+        "        wait_for_copies<0>();\n        __syncthreads();\n        if (at + KEYS < end)";
+    let without = |line: &str| values_are_here.replace(line, "");
+    assert_eq!(fault(values_are_here, &without("        __syncthreads();\n")), Some(FaultKind::SharedRace));
+    let unwaited = fault(values_are_here, &without("wait_for_copies<0>();"));
+    assert!(matches!(unwaited, Some(FaultKind::PendingCopy | FaultKind::SharedRace)), "{unwaited:?}");
+    let one_more = fault("queries_end - row, QUERIES)", "queries_end - row + 1, QUERIES)");
+    assert_eq!(one_more, Some(FaultKind::OutOfBounds));
+}
