@@ -32,21 +32,6 @@
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int QUERIES = WARPS * 16;
-constexpr float LOG2_E = 1.44269504f;
-constexpr float LN_2 = 0.693147181f;
-#define NOTHING_SEEN __int_as_float(0xff800000)
-
-// Brings the first `count` of ROWS rows of one head to a tile, zeros for the rest. `row_of` gives the row of each.
-template <int D, int ROWS, class RowOf>
-DEVICE void copy_rows(Tile<D> tile, const bf16* head, int stride, int count, RowOf row_of) {
-    constexpr int PIECES = D / 8;
-#pragma unroll
-    for (int first = 0; first < ROWS * PIECES; first += THREADS) {
-        const int r = (first + threadIdx.x) / PIECES, piece = (first + threadIdx.x) % PIECES;
-        const bf16* from = head + (i64)row_of(min(r, count - 1)) * stride + piece * 8;
-        copy_async(tile.address + Tile<D>::offset(r, piece), from, r < count ? 16 : 0);
-    }
-}
 
 template <int D>
 DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans,
@@ -72,12 +57,12 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     v += kv_head * D;
 
     auto copy_keys = [&](Tile<D> to, const bf16* from, int at) {
-        copy_rows<D, KEYS>(to, from, kv_heads * D, end - at, [&](int r) {
+        to.template copy_rows<KEYS, THREADS>(from, kv_heads * D, end - at, [&](int r) {
             return at + r + (at + r < prefix ? span.prefix_start : span.keys_start - prefix);
         });
         commit_copies();
     };
-    copy_rows<D, QUERIES>(q_tile, q, heads * D, queries, [&](int r) { return row + r; });
+    q_tile.template copy_rows<QUERIES, THREADS>(q, heads * D, queries, [&](int r) { return row + r; });
     copy_keys(k_tile, k, begin);
 
     u32 q_held[HELD ? STEPS : 1][4];
@@ -92,9 +77,9 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     const int own = first + warp * 16;
     const int seen_begin = window > 0 ? max(own + 1 - window, 0) : 0;
     const int seen_end = warp * 16 < queries ? min(own + 16, end) : 0;
-    const float capped = softcap > 0.0f ? 2.0f * LOG2_E * scale / softcap : 0.0f;
+    const float capped = 2.0f * LOG2_E * scale / softcap;
     const float factor = (softcap > 0.0f ? softcap : scale) * LOG2_E;
-    float sums[D / 8][4] = {}, most[2] = {NOTHING_SEEN, NOTHING_SEEN}, total[2] = {0.0f, 0.0f};
+    float sums[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
 
     for (int at = begin; at < end; at += KEYS) {
         wait_for_copies<0>();
@@ -108,7 +93,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
             float(&left)[4] = scores[group * 2], (&right)[4] = scores[group * 2 + 1];
             const bool seen = group_begin <= group && group < group_end;
 #pragma unroll
-            for (int i = 0; i < 4; i++) left[i] = right[i] = seen ? 0.0f : NOTHING_SEEN;
+            for (int i = 0; i < 4; i++) left[i] = right[i] = seen ? 0.0f : MINUS_INFINITY;
             if (!seen) continue;
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
@@ -129,7 +114,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
             for (int n = 0; n < GROUPS * 2; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    scores[n][i] = 1.0f - __fdividef(2.0f, 1.0f + power_of_two(scores[n][i] * capped));
+                    scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
         }
         // What is not seen; a cap has made of it -1 where it was left out.
         if (at + KEYS > own + 1 || at < seen_begin + 15 && window > 0) {
@@ -138,7 +123,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int key = at + n * 8 + lane_column + i % 2, query = own + lane_row + i / 2 * 8;
-                    if (key > query || window > 0 && key <= query - window) scores[n][i] = NOTHING_SEEN;
+                    if (key > query || window > 0 && key <= query - window) scores[n][i] = MINUS_INFINITY;
                 }
         }
 
@@ -150,7 +135,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
             for (int n = 0; n < GROUPS * 2; n++) more = fmaxf(more, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
             more = fmaxf(more, exchange(more, 1));
             more = fmaxf(more, exchange(more, 2));
-            shift[half] = more == NOTHING_SEEN ? 0.0f : more * factor;
+            shift[half] = more == MINUS_INFINITY ? 0.0f : more * factor;
             const float correction = power_of_two(most[half] * factor - shift[half]);
             most[half] = more;
             total[half] *= correction;

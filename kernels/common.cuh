@@ -82,6 +82,11 @@ DEVICE void copy_async(void* shared, const void* global, int bytes = 16) {
     copy_async(shared_address(shared), global, bytes);
 }
 
+// The same for 4 bytes.
+DEVICE void copy_word_async(u32 shared, const void* global, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `Pending` of this thread's latest groups are under way. A barrier must follow.
@@ -99,6 +104,20 @@ template <int D> struct Tile {
 
     // Where a piece begins, in bytes.
     static DEVICE u32 offset(int row, int piece) { return row * (D * 2) + (piece ^ permuted(row)) * 16; }
+
+    // Brings the first `count` of ROWS rows, zeros for the rest. `row_of` gives the row of each; `from` is where the D
+    // values of row 0 begin, `stride` from row to row. By THREADS threads.
+    template <int ROWS, int THREADS, class RowOf>
+    DEVICE void copy_rows(const bf16* from, int stride, int count, RowOf row_of) const {
+        constexpr int PIECES = D / 8;
+#pragma unroll
+        for (int first = 0; first < ROWS * PIECES; first += THREADS) {
+            const int index = first + threadIdx.x, r = index / PIECES, piece = index % PIECES;
+            if (ROWS * PIECES % THREADS != 0 && r >= ROWS) break;
+            const bf16* at = from + (i64)row_of(min(r, count - 1)) * stride + piece * 8;
+            copy_async(address + offset(r, piece), at, r < count ? 16 : 0);
+        }
+    }
 
     // Fragments of 16 rows from `row` and 16 columns from that of `piece`, both multiples of 16 values. Lane l reads the
     // piece (l / 16) of row l % 16, or the other way round: of all that is in an address, only two bits depend on both
@@ -143,11 +162,20 @@ DEVICE void round_left(u32 (&a)[4], const float (&left)[4], const float (&right)
     a[3] = to_bf16x2(right[2], right[3]);
 }
 
+constexpr float LOG2_E = 1.44269504f;
+constexpr float LN_2 = 0.693147181f;
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
 // 2^x within 2 ulp; 0 below the normal numbers.
 DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// tanh(x · factor / (2 · LOG2_E)) with an absolute error of some 2^-23.
+DEVICE float hyperbolic_tangent(float x, float factor) {
+    return 1.0f - __fdividef(2.0f, 1.0f + power_of_two(x * factor));
 }
 
 DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -4,5 +4,6 @@ mod harness;
 
 mod kernels {
     mod attention;
+    mod attention_backward;
     mod shared;
 }
