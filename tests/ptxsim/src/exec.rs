@@ -689,6 +689,14 @@ impl Gpu {
                         r
                     })
                 }
+                "bfi" => {
+                    let (a, b, at, len) = (src!(1), src!(2), src!(3), src!(4));
+                    put!(&i.o[0], |l: usize| {
+                        let (at, len) = ((at[l] & 255).min(63) as u32, (len[l] & 255).min(t.w as u64) as u32);
+                        let field = msk(len) << at & msk(t.w);
+                        b[l] & !field | a[l] << at & field
+                    })
+                }
                 "bfe" => {
                     let (a, b, c) = (src!(1), src!(2), src!(3));
                     put!(&i.o[0], |l: usize| {

@@ -16,6 +16,8 @@ mod kernels {
     mod rows;
     mod scan;
     mod scan_case;
+    mod attention;
+    mod attention_backward;
     mod shared;
     mod spans;
 }
