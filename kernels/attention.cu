@@ -28,6 +28,8 @@
 //   v1  padded rows in shared memory: 52 KiB at D = 128, one block a multiprocessor on consumer cards.
 //   v2  this: permuted rows, the tile of queries lends its place to the values: 32 KiB, three blocks.
 #include "common.cuh"
+#include "attention.cuh"
+#include "span.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;

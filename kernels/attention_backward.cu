@@ -34,6 +34,8 @@
 //   v1  one stage of twice the size: as much shared memory, but copies waited for.
 //   v2  this.
 #include "common.cuh"
+#include "attention.cuh"
+#include "span.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;

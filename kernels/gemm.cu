@@ -26,6 +26,7 @@
 //       way of shared memory, in whole sectors
 // Results that cross lanes by shuffles instead took twice the code for the same sectors.
 #include "common.cuh"
+#include "panel.cuh"
 
 constexpr int THREADS = 128;
 constexpr int DEPTH = 32;

@@ -13,6 +13,7 @@
 // out of L2 for all but the first.
 //   v1  this, four stages of 64 deep
 #include "common.cuh"
+#include "panel.cuh"
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
