@@ -24,6 +24,8 @@ mod entropy;
 mod linear;
 mod operand;
 mod recurrent;
+#[cfg(test)]
+pub(crate) mod simulator;
 
 pub(crate) use device::DeviceBuffer;
 pub use operand::DeviceMatrix;

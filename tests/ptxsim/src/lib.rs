@@ -33,6 +33,11 @@ impl fmt::Display for ParseError {
 impl std::error::Error for ParseError {}
 
 impl Module {
+    /// Whether there is a kernel of that name.
+    pub fn has(&self, kernel: &str) -> bool {
+        self.0.kernels.contains_key(kernel)
+    }
+
     /// Reads PTX as NVRTC emits it.
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         parse::module(ptx).map(Self).map_err(|detail| ParseError { line: 0, text: String::new(), detail })

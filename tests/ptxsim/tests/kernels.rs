@@ -3,12 +3,14 @@
 mod harness;
 
 mod kernels {
+    mod attention;
+    mod attention_backward;
+    mod conv;
     mod convert;
     mod gemm;
+    mod glu;
     mod lora;
     mod nf4;
-    mod conv;
-    mod glu;
     mod noise;
     mod norm;
     mod orders;
@@ -16,8 +18,6 @@ mod kernels {
     mod rows;
     mod scan;
     mod scan_case;
-    mod attention;
-    mod attention_backward;
     mod shared;
     mod spans;
 }
