@@ -53,10 +53,6 @@ impl Shared {
         self.settled.resize(warps, 0);
     }
 
-    pub(crate) fn length(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// What `warp` knows now.
     pub(crate) fn clock(&self, warp: usize) -> [u32; WARPS_MAX] {
         self.clocks[warp]
@@ -99,16 +95,8 @@ impl Shared {
     ) -> Result<&[u8], Mistake> {
         let at = self.check_bounds(address, length)?;
         let range = at..at + length;
-        let states = &self.states[range.clone()];
-        if states.iter().any(|state| state & (WRITTEN | PENDING) != WRITTEN) {
-            let is_pending = states.iter().any(|state| state & PENDING != 0);
-            return Err(if is_pending {
-                let detail = format!("reads shared memory at {at} before its `cp.async` was waited for");
-                Mistake::at(FaultKind::PendingCopy, address, detail)
-            } else {
-                let detail = format!("reads {length} bytes of shared memory at {at} that nobody has written");
-                Mistake::at(FaultKind::UninitialisedShared, address, detail)
-            });
+        if self.states[range.clone()].iter().any(|state| state & (WRITTEN | PENDING) != WRITTEN) {
+            return Err(self.not_readable(warp, at, length));
         }
         if is_atomic {
             return Ok(&self.bytes[range]);
@@ -128,6 +116,21 @@ impl Shared {
             *read_clock = clock;
         }
         Ok(&self.bytes[range])
+    }
+
+    /// Why bytes that are not all written, or that wait for a copy, cannot be read.
+    fn not_readable(&self, warp: usize, at: usize, length: usize) -> Mistake {
+        let address = at as u64;
+        let Some(pending) = (at..at + length).find(|index| self.states[*index] & PENDING != 0) else {
+            let detail = format!("reads {length} bytes of shared memory at {at} that nobody has written");
+            return Mistake::at(FaultKind::UninitialisedShared, address, detail);
+        };
+        let stamp = self.writes[pending];
+        if !self.is_ordered(stamp, warp) {
+            return race(address, "reads", "copies to by `cp.async`", stamp & 31);
+        }
+        let detail = format!("reads shared memory at {at} before its `cp.async` was waited for");
+        Mistake::at(FaultKind::PendingCopy, address, detail)
     }
 
     pub(crate) fn write(
