@@ -113,7 +113,7 @@ impl Device for Simulator {
             })
             .collect();
         let size = ptxsim::Launch { grid: launch.grid, block: [launch.block, 1, 1], shared: launch.shared };
-        let module = MODULES.iter().find(|module| module.has(kernel));
+        let module = MODULES.iter().find(|module| module.kernels().any(|name| name == kernel));
         let module = module.unwrap_or_else(|| panic!("no file of `kernels/` has `{kernel}`"));
         if let Err(fault) = memory.device.launch(module, kernel, &size, &args) {
             panic!("`{kernel}` {launch:?}: {fault}");
