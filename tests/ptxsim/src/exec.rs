@@ -544,6 +544,7 @@ impl Gpu {
                 "div" if isf => {
                     f2!(|a: f64, b: f64| if t.w == 64 { a / b } else { (a as f32 / b as f32) as f64 })
                 }
+                "copysign" => f2!(|a: f64, b: f64| b.copysign(a)),
                 "min" if isf => f2!(|a: f64, b: f64| a.min(b)),
                 "max" if isf => f2!(|a: f64, b: f64| a.max(b)),
                 "fma" => {

@@ -4,8 +4,11 @@ mod harness;
 
 mod kernels {
     mod convert;
+    mod embed;
+    mod entropy;
     mod gemm;
     mod lora;
     mod nf4;
+    mod optimizer;
     mod shared;
 }
