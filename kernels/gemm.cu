@@ -8,7 +8,8 @@
 //   add_partials c (n) f32 += scale * the sum of partial (splits,n), in order
 //
 // The second pair carries LoRA: the sums go on over its depth, k2 = 0 for none. Matrices are row-major, rows `ld` values
-// apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to c.
+// apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to c. A sum goes
+// down its depth in steps of 16 whatever the tile: both sizes give the same bits, and the device may choose.
 //
 //   kernel                        grid                                    block  shared (static)
 //   gemm_nt, gemm_nt_f32, gemm_nn ceil(m/128) * ceil(n/128)               128    49,152

@@ -3,8 +3,8 @@
 use ptxsim::{Arg, Counts, Device, Launch, Module, Order};
 
 use crate::harness::{
-    Random, Tolerance, assert_close, bf16_value, download, download_bf16, kernels, planted, round_bf16s,
-    upload, upload_bf16,
+    Random, Tolerance, assert_close, download, download_bf16, kernels, planted, round_bf16s, upload,
+    upload_bf16,
 };
 
 /// (m,n,k,k2)
@@ -233,25 +233,23 @@ fn gradients_of_pairs_are_right_in_any_shape() {
 }
 
 #[test]
-fn bits_do_not_depend_on_the_order_of_warps() {
-    let run = |order| {
+fn bits_depend_neither_on_the_order_of_warps_nor_on_the_tile() {
+    let run = |kernel, tile: usize, order| {
         let mut device = Device::new();
         device.order(order);
-        let values = Random::new(9).normals(128 * 64);
+        let values = Random::new(9).normals(128 * 72);
         let [a, b] = [&values[..], &values[..]].map(|values| upload_bf16(&mut device, values));
         let c = device.allocate(128 * 128 * 2);
-        let none = [Arg::Pointer(0), Arg::I32(0), Arg::Pointer(0), Arg::I32(0)];
         let pairs =
-            [Arg::Pointer(c), Arg::I32(128), Arg::Pointer(a), Arg::I32(64), Arg::Pointer(b), Arg::I32(64)];
-        let sizes = [128, 128, 64, 0, 0].map(Arg::I32);
-        let launch = Launch { grid: [1, 1, 1], block: [128, 1, 1], shared: 0 };
-        let arguments = [&pairs[..], &none, &sizes].concat();
-        device.launch(kernels("gemm.cu"), "gemm_nt", &launch, &arguments).unwrap();
+            [Arg::Pointer(c), Arg::I32(128), Arg::Pointer(a), Arg::I32(72), Arg::Pointer(b), Arg::I32(72)];
+        let second = [Arg::Pointer(b), Arg::I32(72), Arg::Pointer(a), Arg::I32(72)];
+        let sizes = [128, 128, 72, 16, 0].map(Arg::I32);
+        let launch = Launch { grid: [(128 / tile).pow(2) as u32, 1, 1], block: [128, 1, 1], shared: 0 };
+        let arguments = [&pairs[..], &second, &sizes].concat();
+        device.launch(kernels("gemm.cu"), kernel, &launch, &arguments).unwrap();
         download::<u16>(&device, c, 128 * 128)
-            .into_iter()
-            .map(bf16_value)
-            .map(f32::to_bits)
-            .collect::<Vec<_>>()
     };
-    assert_eq!(run(Order::Forward), run(Order::Reverse));
+    let bits = run("gemm_nt", 128, Order::Forward);
+    assert!(bits == run("gemm_nt", 128, Order::Reverse));
+    assert!(bits == run("gemm_nt_small", 64, Order::Forward));
 }
