@@ -318,7 +318,7 @@ fn products_with_few_rows_read_the_weight_once_without_conflicts() {
         let bytes = (many.global_load_bytes - few.global_load_bytes) as f64 / values;
         // Half a byte of code and a sixteenth of scale, and x: 2 bytes a row, read once for 16 or 64 rows of the weight.
         let rows = if kernel == "nf4_gemv" { 16.0 } else { 64.0 };
-        assert!(bytes < 0.5625 + 2.0 * m as f64 / rows + 0.13, "{kernel} of {m}: {bytes} bytes a value");
+        assert!(bytes < 0.5625 + 2.0 * m as f64 / rows + 0.25, "{kernel} of {m}: {bytes} bytes a value");
         assert!(instructions < 12.0, "{kernel} of {m}: {instructions} instructions a value");
     }
 }
