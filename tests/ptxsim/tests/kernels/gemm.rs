@@ -3,7 +3,7 @@
 use ptxsim::{Arg, Counts, Device, Fault, FaultKind, Launch, Module, Order};
 
 use crate::harness::{
-    Random, Tolerance, assert_close, download, download_bf16, kernels, planted, round_bf16s, upload,
+    Random, Tolerance, assert_close, compile, download, download_bf16, kernels, round_bf16s, source, upload,
     upload_bf16,
 };
 
