@@ -86,7 +86,7 @@ template <int EXTENT, bool LEFT, bool DOWN> struct Side {
 
     // The same value by value, for rows that are not aligned; `beyond` is the end across the depth.
     DEVICE static void bring_slowly(bf16* panel, const bf16* from, int ld, int first, int beyond, int depth, int end) {
-#pragma unroll 1
+#pragma unroll 4
         for (int i = threadIdx.x; i < Block::SIZE; i += THREADS) {
             int row = i / COLS, col = i % COLS;
             int across = first + (DOWN ? col : row), down = depth + (DOWN ? row : col);
