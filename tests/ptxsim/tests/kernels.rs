@@ -8,6 +8,8 @@ mod kernels {
     mod attention_backward;
     mod conv;
     mod convert;
+    mod embed;
+    mod entropy;
     mod gemm;
     mod glu;
     mod lora;
@@ -19,6 +21,7 @@ mod kernels {
     mod rows;
     mod scan;
     mod scan_case;
+    mod optimizer;
     mod shared;
     mod spans;
 }
