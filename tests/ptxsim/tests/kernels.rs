@@ -12,6 +12,7 @@ mod kernels {
     mod rows;
     mod scan;
     mod scan_case;
+    mod scan_chunks;
     mod shared;
     mod spans;
 }

@@ -1,0 +1,316 @@
+// Mamba2's scan and its gradient in chunks of 64 rows (state space duality, arXiv 2405.21060): inside a chunk the scan is
+// a masked product of matrices on tensor cores, between chunks a state is passed on. For training: nothing is carried.
+// With a = the running sum of dt · rate from the chunk's first row, L its last row, S the state before it:
+//
+//   y[t]  = exp(a[t]) · S c[t]  +  Σ_{s ≤ t} exp(a[t] - a[s]) · dt[s] · (c[t] · b[s]) · x[s]  +  skip · x[t]
+//   S'    = exp(a[L]) · S       +  Σ_s exp(a[L] - a[s]) · dt[s] · x[s] ⊗ b[s]
+//
+// Shapes: x, y, dy, dx (T, heads · head_dim) bf16; b, c, db, dc (T, groups · states) bf16, head h reads group h · groups /
+// heads; dt, ddt (T, heads) bf16; dt_bias, rate, skip (heads) f32; steps, sums, drate (T, heads) f32. Rows are the query
+// rows of spans, which begin with a state of zero. `tiles`: (span, first row within it) of every 64 rows of every span,
+// in the order of spans; span_tiles (spans + 1) i32: where each span's tiles begin. Scratch:
+//   states (tiles, heads, head_dim, states) bf16, and dstates of the same size for the gradient
+//   partial (2, parts, T, groups · states) f32 with parts = ceil(heads / groups / 8)
+//
+//   forward:   scan_steps, scan_states_N (backward 0), scan_pass (0), scan_outputs_N
+//   backward:  scan_steps, scan_states_N (0) and scan_pass (0) once more unless kept; scan_states_N (1) of dy and c into
+//              dstates, scan_pass (1); scan_gradients_N; scan_sum_parts
+//
+//   entry             grid                                             block  dynamic shared
+//   scan_steps        (ceil(heads / 64), tiles)                        64     -
+//   scan_states_N     (heads · ceil(head_dim / 64), tiles)             128    -
+//   scan_pass         (ceil(head_dim · states / 1024), heads, spans)   128    -
+//   scan_outputs_N    (heads · ceil(head_dim / 64), tiles)             128    -
+//   scan_gradients_N  (groups · parts, tiles)                          256    N = 64: 68608, N = 128: 93184
+//   scan_sum_parts    ceil(T · groups · states / 2048)                 256    -
+// N in {64, 128}: the least that is not below `states`. Overwrites y, and dx, db, dc, ddt, drate (may be null).
+//
+// The factors of products are rounded to bf16 (states, masked products, scaled x); sums, decays and the gradients of dt
+// are f32. A block of the gradient runs eight heads of a group one after the other, so that db and dc of these stay in
+// registers; what is left is added in the order of parts. No atomics.
+//
+// Moves, a head and chunk at 64 · 128: 24 KB of rows and 16 KB of states four times forward; bound by memory on the
+// large cards. Products: 2 (forward) and 7 (backward) of 64 · 64 · 64 or 64 · 64 · 128.
+//
+// Versions
+//   v1  this. Tried next: chunks of 128 rows where shared memory allows it, which halves the states' traffic.
+#include "common.cuh"
+
+constexpr int CHUNK = 64, HEAD_ROWS = 64, PAD = 8, LD = 64 + PAD, BLOCK_HEADS = 8;
+
+// --- Tiles and products -------------------------------------------------------------------------------------------------
+
+// Fragments of a tile of 16 x 16 for `mma_m16n8k16`, from shared memory that has it by rows or by columns.
+enum Order { ROWS, COLUMNS };
+
+template <Order ORDER> DEVICE void load_a(u32 (&a)[4], const bf16* tile, int ld) {
+    int lane = threadIdx.x % WARP, matrix = lane / 8, row = lane % 8;
+    if (ORDER == ROWS) {
+        load_matrices(a, tile + (matrix % 2 * 8 + row) * ld + matrix / 2 * 8);
+    } else {
+        load_matrices_transposed(a, tile + (matrix / 2 * 8 + row) * ld + matrix % 2 * 8);
+    }
+}
+
+// The first two registers are columns 0 to 7 of the product, the others 8 to 15. By columns is (n, k) in memory.
+template <Order ORDER> DEVICE void load_b(u32 (&b)[4], const bf16* tile, int ld) {
+    int lane = threadIdx.x % WARP, matrix = lane / 8, row = lane % 8;
+    if (ORDER == COLUMNS) {
+        load_matrices(b, tile + (matrix / 2 * 8 + row) * ld + matrix % 2 * 8);
+    } else {
+        load_matrices_transposed(b, tile + (matrix % 2 * 8 + row) * ld + matrix / 2 * 8);
+    }
+}
+
+template <int TILES> DEVICE void clear(float (&sum)[TILES][4]) {
+#pragma unroll
+    for (int j = 0; j < TILES; j++) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
+}
+
+template <int TILES> DEVICE void add_products(float (&sum)[TILES][4], int j, const u32 (&a)[4], const u32 (&b)[4]) {
+    u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+    mma_m16n8k16(sum[j], a, left);
+    mma_m16n8k16(sum[j + 1], a, right);
+}
+
+// sum (16, 8 · TILES) += a (16, DEPTH) · b (DEPTH, 8 · TILES).
+template <Order A, Order B, int DEPTH, int TILES>
+DEVICE void multiply(float (&sum)[TILES][4], const bf16* a, int lda, const bf16* b, int ldb) {
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+        u32 left[4], right[4];
+        load_a<A>(left, A == ROWS ? a + k : a + k * lda, lda);
+#pragma unroll
+        for (int j = 0; j < TILES; j += 2) {
+            load_b<B>(right, B == ROWS ? b + k * ldb + j * 8 : b + j * 8 * ldb + k, ldb);
+            add_products(sum, j, left, right);
+        }
+    }
+}
+
+// Begins to copy rows of `columns` values to a tile of 64 rows of WIDTH; what is missing becomes zero.
+template <int WIDTH> DEVICE void load_tile(bf16* to, const bf16* from, i64 ld, int rows, int columns) {
+    bool wide = aligned(from) && ld % 8 == 0;
+    for (int i = threadIdx.x; i < CHUNK * WIDTH / 8; i += blockDim.x) {
+        int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
+        int count = row < rows ? max(min(columns - column, 8), 0) : 0;
+        bf16* place = to + row * (WIDTH + PAD) + column;
+        const bf16* source = count ? from + row * ld + column : from;
+        if (wide) {
+            copy_async(place, source, count * 2);
+        } else {
+            for (int j = 0; j < 8; j++) place[j] = j < count ? source[j] : bf16{0};
+        }
+    }
+    commit_copies();
+}
+
+DEVICE void finish_loads() {
+    wait_for_copies<0>();
+    __syncthreads();
+}
+
+template <int WIDTH> DEVICE void store_tile(bf16* to, const bf16* from, i64 ld, int rows, int columns) {
+    bool wide = aligned(to) && ld % 8 == 0;
+    for (int i = threadIdx.x; i < CHUNK * WIDTH / 8; i += blockDim.x) {
+        int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8, count = row < rows ? columns - column : 0;
+        if (count <= 0) continue;
+        const bf16* place = from + row * (WIDTH + PAD) + column;
+        bf16* target = to + row * ld + column;
+        if (wide && count >= 8) {
+            *(uint4*)target = *(const uint4*)place;
+        } else {
+            for (int j = 0; j < min(count, 8); j++) target[j] = place[j];
+        }
+    }
+}
+
+// --- What all entries know of their chunk -------------------------------------------------------------------------------
+
+struct Chunk {
+    i64 row;
+    int rows;
+    bool first, last;
+};
+
+DEVICE Chunk chunk_of(const Span* spans, const int2* tiles, int tile) {
+    int2 place = tiles[tile];
+    int start = spans[place.x].queries_start, end = spans[place.x].queries_end, row = start + place.y;
+    return {row, min(end - row, CHUNK), row == start, row + CHUNK >= end};
+}
+
+// Where the state of a head's rows from `first` on lies.
+DEVICE i64 state_at(int tile, int heads, int head, int head_dim, int first, int states) {
+    return (((i64)tile * heads + head) * head_dim + first) * states;
+}
+
+KERNEL __launch_bounds__(64) scan_steps(float* steps, float* sums, const bf16* dt, const float* dt_bias, const float* rate,
+                                        const Span* spans, const int2* tiles, int heads, float dt_low, float dt_high) {
+    Chunk chunk = chunk_of(spans, tiles, blockIdx.y);
+    int head = blockIdx.x * blockDim.x + threadIdx.x;
+    if (head >= heads) return;
+    float sum = 0.0f;
+    for (i64 row = chunk.row; row < chunk.row + chunk.rows; row++) {
+        float step = time_step(to_f32(dt[row * heads + head]) + dt_bias[head], dt_low, dt_high);
+        sum += step * rate[head];
+        steps[row * heads + head] = step;
+        sums[row * heads + head] = sum;
+    }
+}
+
+// dt and its running sums of one head in a chunk; after the last row dt is zero and the sum stays.
+DEVICE void load_steps(float* step, float* sum, const float* steps, const float* sums, Chunk chunk, int heads, int head) {
+    if (threadIdx.x >= CHUNK) return;
+    i64 last = chunk.row + chunk.rows - 1, row = chunk.row + threadIdx.x;
+    step[threadIdx.x] = row <= last ? steps[row * heads + head] : 0.0f;
+    sum[threadIdx.x] = sums[(row <= last ? row : last) * heads + head];
+}
+
+// --- States ---------------------------------------------------------------------------------------------------------
+
+// What a chunk adds to the state: Σ exp(a[L] - a[s]) · dt[s] · u[s] ⊗ v[s], or to the gradient of the state before it:
+// Σ exp(a[t]) · u[t] ⊗ v[t].
+template <int N>
+DEVICE void chunk_states(bf16* out, const bf16* u, const bf16* v, const float* steps, const float* sums, const Span* spans,
+                         const int2* tiles, int heads, int head_dim, int groups, int states, int backward) {
+    __shared__ __align__(16) bf16 us[CHUNK * LD], vs[CHUNK * (N + PAD)];
+    __shared__ float step[CHUNK], sum[CHUNK];
+    Chunk chunk = chunk_of(spans, tiles, blockIdx.y);
+    int parts = (head_dim + HEAD_ROWS - 1) / HEAD_ROWS, head = blockIdx.x / parts;
+    int first = blockIdx.x % parts * HEAD_ROWS, part = min(head_dim - first, HEAD_ROWS), group = head * groups / heads;
+    i64 u_ld = (i64)heads * head_dim, v_ld = (i64)groups * states;
+    load_tile<N>(vs, v + chunk.row * v_ld + (i64)group * states, v_ld, chunk.rows, states);
+    load_steps(step, sum, steps, sums, chunk, heads, head);
+    __syncthreads();
+    u += chunk.row * u_ld + (i64)head * head_dim + first;
+    bool wide = aligned(u) && u_ld % 8 == 0;
+    for (int i = threadIdx.x; i < CHUNK * HEAD_ROWS / 8; i += blockDim.x) {
+        int row = i / (HEAD_ROWS / 8), column = i % (HEAD_ROWS / 8) * 8, count = row < chunk.rows ? part - column : 0;
+        Eight values = load_eight(u + row * u_ld + column, count, wide);
+        float factor = backward ? __expf(sum[row]) : __expf(sum[CHUNK - 1] - sum[row]) * step[row];
+#pragma unroll
+        for (int j = 0; j < 8; j++) values.at[j] *= factor;
+        store_eight(us + row * LD + column, values, 8, true);
+    }
+    finish_loads();
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float state[N / 8][4];
+    clear(state);
+    multiply<COLUMNS, ROWS, CHUNK>(state, us + warp * 16, LD, vs, N + PAD);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        bf16* place = vs + (warp * 16 + lane / 4) * (N + PAD) + j * 8 + lane % 4 * 2;
+        *(u32*)place = to_bf16x2(state[j][0], state[j][1]);
+        *(u32*)(place + 8 * (N + PAD)) = to_bf16x2(state[j][2], state[j][3]);
+    }
+    __syncthreads();
+    store_tile<N>(out + state_at(blockIdx.y, heads, head, head_dim, first, states), vs, states, part, states);
+}
+
+// Turns what each chunk adds into the state before it, in place; backward, into the gradient of the state after it.
+KERNEL __launch_bounds__(128) scan_pass(bf16* states, const float* sums, const Span* spans, const int* span_tiles, int heads,
+                                        int size, int backward) {
+    int head = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, count = min(size - at, 8);
+    if (count <= 0) return;
+    Span span = spans[blockIdx.z];
+    int begin = span_tiles[blockIdx.z], tiles = span_tiles[blockIdx.z + 1] - begin;
+    bool wide = aligned(states) && size % 8 == 0;
+    Eight state = {};
+#pragma unroll 4
+    for (int i = 0; i < tiles; i++) {
+        int own = backward ? tiles - 1 - i : i;
+        bf16* place = states + ((i64)(begin + own) * heads + head) * size + at;
+        Eight more = load_eight(place, count, wide);
+        int last = min(span.queries_start + (own + 1) * CHUNK, span.queries_end) - 1;
+        float decay = __expf(sums[(i64)last * heads + head]);
+        store_eight(place, state, count, wide);
+#pragma unroll
+        for (int j = 0; j < 8; j++) state.at[j] = state.at[j] * decay + more.at[j];
+    }
+}
+
+// --- Outputs --------------------------------------------------------------------------------------------------------
+
+template <int N>
+DEVICE void chunk_outputs(bf16* y, const bf16* x, const bf16* b, const bf16* c, const float* steps, const float* sums,
+                          const float* skip, const bf16* before, const Span* spans, const int2* tiles, int heads,
+                          int head_dim, int groups, int states) {
+    // The state takes the place of b.
+    __shared__ __align__(16) bf16 xs[CHUNK * LD], cs[CHUNK * (N + PAD)], bs[CHUNK * (N + PAD)];
+    __shared__ float step[CHUNK], sum[CHUNK];
+    Chunk chunk = chunk_of(spans, tiles, blockIdx.y);
+    int parts = (head_dim + HEAD_ROWS - 1) / HEAD_ROWS, head = blockIdx.x / parts;
+    int first = blockIdx.x % parts * HEAD_ROWS, part = min(head_dim - first, HEAD_ROWS), group = head * groups / heads;
+    i64 x_ld = (i64)heads * head_dim, b_ld = (i64)groups * states, b_at = chunk.row * b_ld + (i64)group * states;
+    i64 x_at = chunk.row * x_ld + (i64)head * head_dim + first;
+    load_tile<64>(xs, x + x_at, x_ld, chunk.rows, part);
+    load_tile<N>(cs, c + b_at, b_ld, chunk.rows, states);
+    load_tile<N>(bs, b + b_at, b_ld, chunk.rows, states);
+    load_steps(step, sum, steps, sums, chunk, heads, head);
+    finish_loads();
+
+    int top = threadIdx.x / WARP * 16, lane = threadIdx.x % WARP, row = top + lane / 4, column = lane % 4 * 2;
+    float mixed[CHUNK / 8][4], out[HEAD_ROWS / 8][4];
+    clear(mixed);
+    clear(out);
+    multiply<ROWS, COLUMNS, N>(mixed, cs + top * (N + PAD), N + PAD, bs, N + PAD);
+    __syncthreads();
+    if (!chunk.first) {
+        load_tile<N>(bs, before + state_at(blockIdx.y, heads, head, head_dim, first, states), states, part, states);
+        finish_loads();
+        multiply<ROWS, COLUMNS, N>(out, cs + top * (N + PAD), N + PAD, bs, N + PAD);
+    }
+    float decays[2] = {__expf(sum[row]), __expf(sum[row + 8])};
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int t = row + i / 2 * 8, s = j * 8 + column + i % 2;
+            mixed[j][i] = s <= t ? mixed[j][i] * __expf(sum[t] - sum[s]) * step[s] : 0.0f;
+            out[j][i] *= decays[i / 2];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < CHUNK; k += 16) {
+        // The sums of a product lie as the left factor of the next one wants them.
+        const float(&left)[4] = mixed[k / 8], (&right)[4] = mixed[k / 8 + 1];
+        u32 a[4] = {to_bf16x2(left[0], left[1]), to_bf16x2(left[2], left[3]), to_bf16x2(right[0], right[1]),
+                    to_bf16x2(right[2], right[3])};
+#pragma unroll
+        for (int j = 0; j < HEAD_ROWS / 8; j += 2) {
+            u32 values[4];
+            load_b<ROWS>(values, xs + k * LD + j * 8, LD);
+            add_products(out, j, a, values);
+        }
+    }
+    __syncthreads();
+    float kept = skip[head];
+#pragma unroll
+    for (int j = 0; j < HEAD_ROWS / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            u32* place = (u32*)(xs + (row + i * 8) * LD + j * 8 + column);
+            *place = to_bf16x2(out[j][2 * i] + kept * low_f32(*place), out[j][2 * i + 1] + kept * high_f32(*place));
+        }
+    }
+    __syncthreads();
+    store_tile<64>(y + x_at, xs, x_ld, chunk.rows, part);
+}
+
+// --- Entries --------------------------------------------------------------------------------------------------------
+
+#define SCAN(N)                                                                                                           \
+    KERNEL __launch_bounds__(128) scan_states_##N(                                                                        \
+        bf16* out, const bf16* u, const bf16* v, const float* steps, const float* sums, const Span* spans,                \
+        const int2* tiles, int heads, int head_dim, int groups, int states, int backward) {                               \
+        chunk_states<N>(out, u, v, steps, sums, spans, tiles, heads, head_dim, groups, states, backward);                 \
+    }                                                                                                                     \
+    KERNEL __launch_bounds__(128) scan_outputs_##N(                                                                       \
+        bf16* y, const bf16* x, const bf16* b, const bf16* c, const float* steps, const float* sums, const float* skip,   \
+        const bf16* before, const Span* spans, const int2* tiles, int heads, int head_dim, int groups, int states) {      \
+        chunk_outputs<N>(y, x, b, c, steps, sums, skip, before, spans, tiles, heads, head_dim, groups, states);           \
+    }
+
+SCAN(64)
+SCAN(128)

@@ -1,0 +1,167 @@
+//! `scan_chunks.cu` against the same loops in f64 as `scan.cu`.
+
+use ptxsim::{Arg, Counts, Device, Launch};
+
+use super::orders::in_both_orders;
+use super::scan_case::Case;
+use super::spans::{tiles, words};
+use crate::harness::{download, download_bf16, kernels, upload, upload_bf16};
+
+/// Rows of a chunk.
+const CHUNK: usize = 64;
+
+/// A case on the device.
+struct Placed<'a> {
+    case: &'a Case,
+    x: u64,
+    b: u64,
+    c: u64,
+    dt: u64,
+    dt_bias: u64,
+    rate: u64,
+    skip: u64,
+    spans: u64,
+    tiles: u64,
+    span_tiles: u64,
+    chunks: usize,
+    steps: u64,
+    sums: u64,
+    /// What each launch cost, by name.
+    costs: Vec<(String, Counts)>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(device: &mut Device, case: &'a Case) -> Self {
+        let tiles = tiles(&case.spans, CHUNK);
+        let mut span_tiles = vec![0];
+        for span in &case.spans {
+            span_tiles.push(span_tiles[span_tiles.len() - 1] + span.len().div_ceil(CHUNK) as i32);
+        }
+        let [x, b, c, dt] = [&case.x, &case.b, &case.c, &case.dt].map(|values| upload_bf16(device, values));
+        let [dt_bias, rate, skip] =
+            [&case.dt_bias, &case.rate, &case.skip].map(|values| upload(device, values));
+        let [steps, sums] = [0; 2].map(|_| device.allocate(case.dt.len() * 4));
+        Self {
+            case,
+            x,
+            b,
+            c,
+            dt,
+            dt_bias,
+            rate,
+            skip,
+            spans: upload(device, &words(&case.spans)),
+            chunks: tiles.len() / 2,
+            tiles: upload(device, &tiles),
+            span_tiles: upload(device, &span_tiles),
+            steps,
+            sums,
+            costs: Vec::new(),
+        }
+    }
+
+    fn launch(
+        &mut self,
+        device: &mut Device,
+        name: &str,
+        grid: [usize; 3],
+        (block, shared): (u32, u32),
+        pointers: &[u64],
+        rest: &[Arg],
+    ) {
+        let arguments: Vec<Arg> = pointers.iter().copied().map(Arg::Pointer).chain(rest.iter().copied()).collect();
+        let launch = Launch { grid: grid.map(|size| size as u32), block: [block, 1, 1], shared };
+        let counts = device.launch(kernels("scan_chunks.cu"), name, &launch, &arguments);
+        self.costs.push((name.to_owned(), counts.unwrap_or_else(|fault| panic!("{fault}"))));
+    }
+
+    /// The entry of `name` for this many states.
+    fn sized(&self, name: &str) -> String {
+        format!("{name}_{}", self.case.states.next_power_of_two().max(64))
+    }
+
+    fn sizes(&self) -> Vec<Arg> {
+        let case = self.case;
+        [case.heads, case.head_dim, case.groups, case.states].map(|size| Arg::I32(size as i32)).to_vec()
+    }
+
+    fn parts(&self) -> usize {
+        self.case.heads * self.case.head_dim.div_ceil(64)
+    }
+
+    fn steps(&mut self, device: &mut Device) {
+        let case = self.case;
+        let pointers = [self.steps, self.sums, self.dt, self.dt_bias, self.rate, self.spans, self.tiles];
+        let rest = [Arg::I32(case.heads as i32), Arg::F32(case.dt_limits.0), Arg::F32(case.dt_limits.1)];
+        self.launch(device, "scan_steps", [case.heads.div_ceil(64), self.chunks, 1], (64, 0), &pointers, &rest);
+    }
+
+    /// The state before each chunk, or the gradient of that after it.
+    fn states(&mut self, device: &mut Device, [u, v]: [u64; 2], backward: bool) -> u64 {
+        let case = self.case;
+        let size = case.head_dim * case.states;
+        let states = device.allocate(self.chunks * case.heads * size * 2);
+        let backward = Arg::I32(i32::from(backward));
+        let pointers = [states, u, v, self.steps, self.sums, self.spans, self.tiles];
+        let rest = [self.sizes(), vec![backward]].concat();
+        let (name, grid) = (self.sized("scan_states"), [self.parts(), self.chunks, 1]);
+        self.launch(device, &name, grid, (128, 0), &pointers, &rest);
+        let pointers = [states, self.sums, self.spans, self.span_tiles];
+        let rest = [Arg::I32(case.heads as i32), Arg::I32(size as i32), backward];
+        let grid = [size.div_ceil(1024), case.heads, case.spans.len()];
+        self.launch(device, "scan_pass", grid, (128, 0), &pointers, &rest);
+        states
+    }
+
+    fn outputs(&mut self, device: &mut Device, states: u64) -> Vec<f32> {
+        let y = device.allocate(self.case.x.len() * 2);
+        let pointers =
+            [y, self.x, self.b, self.c, self.steps, self.sums, self.skip, states, self.spans, self.tiles];
+        let (name, grid) = (self.sized("scan_outputs"), [self.parts(), self.chunks, 1]);
+        let rest = self.sizes();
+        self.launch(device, &name, grid, (128, 0), &pointers, &rest);
+        download_bf16(device, y, self.case.x.len())
+    }
+}
+
+fn forward(device: &mut Device, case: &Case) -> (Vec<f32>, Vec<(String, Counts)>) {
+    let mut placed = Placed::new(device, case);
+    placed.steps(device);
+    let states = placed.states(device, [placed.x, placed.b], false);
+    (placed.outputs(device, states), placed.costs)
+}
+
+/// Each value is a sum of products of which at most `roundings` factors were rounded to bf16, 2⁻⁹ each of the size of the
+/// terms, and was rounded itself; the f32 sums are lost in that. As roundings are as often up as down, the errors
+/// together stay far below: within 2⁻⁸ of the values.
+#[track_caller]
+fn assert_rounded(name: &str, got: &[f32], expected: &[f64], sizes: &[f64], roundings: f64) {
+    let (mut errors, mut squares) = (0.0, 0.0);
+    for (i, ((&got, &expected), &size)) in got.iter().zip(expected).zip(sizes).enumerate() {
+        let error = (f64::from(got) - expected).abs();
+        let bound = expected.abs() / 256.0 + size * (roundings / 512.0 + 1e-5);
+        assert!(error <= bound, "{name} at {i}: got {got}, expected {expected} within {bound}");
+        errors += error * error;
+        squares += expected * expected;
+    }
+    println!("{name}: {}", (errors / squares).sqrt() * 256.0);
+    assert!(errors.sqrt() <= squares.sqrt() / 256.0, "{name}: errors of {} to {}", errors.sqrt(), squares.sqrt());
+}
+
+const CASES: [(&[usize], [usize; 4]); 4] = [
+    (&[130, 1, 64, 65], [2, 64, 1, 128]),
+    (&[70, 3], [4, 24, 2, 13]),
+    (&[66], [1, 80, 1, 64]),
+    (&[2, 33], [3, 7, 3, 16]),
+];
+
+#[test]
+fn chunks_are_right_at_any_size() {
+    for (lengths, sizes) in CASES {
+        let case = Case::new(lengths, sizes);
+        let (y, _) = in_both_orders(|device| forward(device, &case));
+        let name = format!("chunks {lengths:?} {sizes:?}");
+        // Scaled x, what a chunk adds, the state.
+        assert_rounded(&name, &y, &case.forward(false).0, &case.sizes().forward(false).0, 3.0);
+    }
+}
