@@ -51,26 +51,40 @@ DEVICE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
+DEVICE void load_matrices(u32 (&r)[4], const void* row) { load_matrices(r, shared_address(row)); }
+
 // The same, each matrix transposed.
-DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    load_matrices_transposed(r, shared_address(row));
 }
 
 // Copies 16 bytes to shared memory behind the program's back; of the source only `bytes` (0 to 16) are read, the
 // rest becomes zero.
+DEVICE void copy_async(u32 shared, const void* global, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 DEVICE void copy_async(void* shared, const void* global, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+    copy_async(shared_address(shared), global, bytes);
+}
+
+// The same for 4 bytes.
+DEVICE void copy_word_async(u32 shared, const void* global, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -114,79 +128,4 @@ DEVICE float block_max(float x, float* scratch) {
     for (int warp = 1; warp < blockDim.x / WARP; warp++) most = fmaxf(most, scratch[warp]);
     __syncthreads();
     return most;
-}
-
-// Eight values that lie together: 16 bytes of bf16, the widest access there is.
-struct Eight {
-    float at[8];
-};
-
-// Whether arrays that begin here may be read and written in pieces of 16 bytes.
-DEVICE bool aligned(const void* a, const void* b = nullptr, const void* c = nullptr) {
-    return (((u64)a | (u64)b | (u64)c) & 15) == 0;
-}
-
-DEVICE Eight unpack(uint4 words) {
-    return {low_f32(words.x), high_f32(words.x), low_f32(words.y), high_f32(words.y),
-            low_f32(words.z), high_f32(words.z), low_f32(words.w), high_f32(words.w)};
-}
-
-// The first `count` of eight values, zeros after them; at once where they are whole and the array is aligned.
-DEVICE Eight load_eight(const bf16* from, int count, bool aligned) {
-    if (aligned && count >= 8) return unpack(*(const uint4*)from);
-    Eight x;
-#pragma unroll
-    for (int i = 0; i < 8; i++) x.at[i] = i < count ? to_f32(from[i]) : 0.0f;
-    return x;
-}
-
-DEVICE Eight load_eight(const float* from, int count, bool aligned) {
-    if (aligned && count >= 8) {
-        float4 low = ((const float4*)from)[0], high = ((const float4*)from)[1];
-        return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    }
-    Eight x;
-#pragma unroll
-    for (int i = 0; i < 8; i++) x.at[i] = i < count ? from[i] : 0.0f;
-    return x;
-}
-
-// Stores the first `count` of eight values.
-DEVICE void store_eight(bf16* to, const Eight& x, int count, bool aligned) {
-    if (aligned && count >= 8) {
-        *(uint4*)to = make_uint4(to_bf16x2(x.at[0], x.at[1]), to_bf16x2(x.at[2], x.at[3]),
-                                 to_bf16x2(x.at[4], x.at[5]), to_bf16x2(x.at[6], x.at[7]));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (i < count) to[i] = to_bf16(x.at[i]);
-}
-
-DEVICE void store_eight(float* to, const Eight& x, int count, bool aligned) {
-    if (aligned && count >= 8) {
-        ((float4*)to)[0] = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]);
-        ((float4*)to)[1] = make_float4(x.at[4], x.at[5], x.at[6], x.at[7]);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (i < count) to[i] = x.at[i];
-}
-
-// 1 / (1 + exp(-x)), within 3 ulp; 0 and 1 far out.
-DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-// Sequences of a pack as the backend names them: rows first..end of each; `prefix` precedes `keys`.
-struct Span {
-    int queries_start, queries_end, keys_start, keys_end, prefix_start, prefix_end;
-};
-
-// log(1 + exp(x))
-DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(__expf(x)); }
-
-// A Mamba2 row's dt, clamped after its softplus; what is no number stays none.
-DEVICE float time_step(float raw, float low, float high) {
-    float soft = softplus(raw);
-    return soft < low ? low : soft > high ? high : soft;
 }

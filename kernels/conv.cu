@@ -18,6 +18,8 @@
 //   v1  a thread a value, which reads `taps` values through L1: four times the accesses of v2. Not kept.
 //   v2  this. Fewer taps than four are four with zeros before them.
 #include "common.cuh"
+#include "eight.cuh"
+#include "span.cuh"
 
 constexpr int TAPS = 4, ROWS = 32;
 

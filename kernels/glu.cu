@@ -11,6 +11,7 @@
 //
 // Moves 6 bytes a value forward, 10 backward; about 10 instructions a value: bound by memory.
 #include "common.cuh"
+#include "eight.cuh"
 
 struct Gate {
     float value, slope;

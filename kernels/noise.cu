@@ -13,6 +13,7 @@
 // No shared memory. Moves 4 or 6 bytes a value; a mix is 2 wide multiplications, a quarter of one a dropped value:
 // bound by memory.
 #include "common.cuh"
+#include "eight.cuh"
 
 constexpr u64 GOLDEN = 0x9e3779b97f4a7c15ull;
 

@@ -23,6 +23,7 @@
 //   v2  this: 16 bytes an access, at most two pieces of eight a thread, values kept in registers; groups of heads
 //       share a warp, so that no lane is idle at 64 or 128 channels and there is no barrier at all.
 #include "common.cuh"
+#include "eight.cuh"
 
 constexpr int HELD = 2;
 

@@ -15,6 +15,7 @@
 //   v1  a thread a pair: two bytes an access, and the angles read for each head. Not kept.
 //   v2  this: 16 bytes an access, angles in registers for four heads.
 #include "common.cuh"
+#include "eight.cuh"
 
 constexpr int HEADS = 4;
 

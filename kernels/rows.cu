@@ -13,6 +13,7 @@
 //   add_column_dots                    ceil(n / 256)                    256
 // No dynamic shared memory. Every thread works by itself: no barriers, and no order but that of the rows in a sum.
 #include "common.cuh"
+#include "eight.cuh"
 
 // Where a thread's piece lies among rows of `columns` values.
 struct Piece {

@@ -19,6 +19,9 @@
 // Versions
 //   v1  this.
 #include "common.cuh"
+#include "eight.cuh"
+#include "span.cuh"
+#include "scan.cuh"
 
 constexpr int ROWS = 16, LANES = 4, HEAD_ROWS = 64, THREADS = LANES * HEAD_ROWS;
 

@@ -1,4 +1,4 @@
-//! `scan_chunks.cu` against the same loops in f64 as `scan.cu`.
+//! `scan_chunks.cu` and `scan_gradients.cu` against the same loops in f64 as `scan.cu`.
 
 use ptxsim::{Arg, Counts, Device, Launch};
 
@@ -72,7 +72,9 @@ impl<'a> Placed<'a> {
         let arguments: Vec<Arg> =
             pointers.iter().copied().map(Arg::Pointer).chain(rest.iter().copied()).collect();
         let launch = Launch { grid: grid.map(|size| size as u32), block: [block, 1, 1], shared };
-        let counts = device.launch(kernels("scan_chunks.cu"), name, &launch, &arguments);
+        let gradients = name.starts_with("scan_gradients") || name == "scan_sum_parts";
+        let file = if gradients { "scan_gradients.cu" } else { "scan_chunks.cu" };
+        let counts = device.launch(kernels(file), name, &launch, &arguments);
         self.costs.push((name.to_owned(), counts.unwrap_or_else(|fault| panic!("{fault}"))));
     }
 
