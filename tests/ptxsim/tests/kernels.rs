@@ -22,6 +22,7 @@ mod kernels {
     mod scan;
     mod scan_case;
     mod optimizer;
+    mod scan_chunks;
     mod shared;
     mod spans;
 }
