@@ -13,7 +13,7 @@
 //   attention_backward_queries_D  (tiles, heads)                      128    512·D bytes, 384·D from D = 96 on
 //   attention_backward_keys_D     (key tiles, kv_heads, ceil(D/128))  128    the same and 512
 //   attention_backward_sums       (sums, kv_heads, 2)                 256    0; after keys, if there are sums
-//   D = 16 32 64 96 128 256; head_dim is a multiple of 8 for attention_delta, of 4 for attention_backward_sums
+// D = 16 32 64 96 128 256; head_dim is a multiple of 8. -DHEAD_DIM=64 compiles the entries of that head dim only.
 //
 // tiles: those of the forward, one list for both. A dq of 64 queries is one block's.
 // key tiles: at most 64 rows each, all in one span's keys and all or none of them in a prefix. Each has at least one visit.
@@ -428,9 +428,21 @@ KERNEL __launch_bounds__(256) attention_backward_sums(bf16* dk, bf16* dv, const 
                          softcap, window);                                                                             \
     }
 
+#if !defined(HEAD_DIM) || HEAD_DIM == 16
 BACKWARD(16, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 32
 BACKWARD(32, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 64
 BACKWARD(64, 3)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 96
 BACKWARD(96, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 128
 BACKWARD(128, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 256
 BACKWARD(256, 1)
+#endif
