@@ -323,10 +323,9 @@ DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16
         if (r >= rows) continue;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
-            *(float2*)(partial + r * D + n * 8 + lane_column) =
-                make_float2(softmax.sums[n][half * 2], softmax.sums[n][half * 2 + 1]);
+            store_pair(partial + r * D + n * 8 + lane_column, softmax.sums[n][half * 2], softmax.sums[n][half * 2 + 1]);
         const float total = softmax.total[half], shift = total > 0.0f ? softmax.shift[half] : MINUS_INFINITY;
-        if (lane % 4 == 0) *(float2*)(stats + r * 2) = make_float2(shift, total);
+        if (lane % 4 == 0) store_pair(stats + r * 2, shift, total);
     }
 }
 

@@ -268,7 +268,7 @@ template <int D, int N> DEVICE void store_partial(float* out, int count, const f
         if (r >= count) continue;
 #pragma unroll
         for (int n = 0; n < N; n++)
-            *(float2*)(out + r * D + n * 8 + lane % 4 * 2) = make_float2(sums[n][half * 2], sums[n][half * 2 + 1]);
+            store_pair(out + r * D + n * 8 + lane % 4 * 2, sums[n][half * 2], sums[n][half * 2 + 1]);
     }
 }
 

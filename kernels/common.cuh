@@ -87,6 +87,11 @@ DEVICE void copy_word_async(u32 shared, const void* global, int bytes = 4) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// Two floats in one store: the compiler parts some that are written as a float2.
+DEVICE void store_pair(float* global, float first, float second) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(global), "f"(first), "f"(second) : "memory");
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `Pending` of this thread's latest groups are under way. A barrier must follow.
