@@ -51,26 +51,40 @@ DEVICE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
+DEVICE void load_matrices(u32 (&r)[4], const void* row) { load_matrices(r, shared_address(row)); }
+
 // The same, each matrix transposed.
-DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
+}
+
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    load_matrices_transposed(r, shared_address(row));
 }
 
 // Copies 16 bytes to shared memory behind the program's back; of the source only `bytes` (0 to 16) are read, the
 // rest becomes zero.
+DEVICE void copy_async(u32 shared, const void* global, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 DEVICE void copy_async(void* shared, const void* global, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+    copy_async(shared_address(shared), global, bytes);
+}
+
+// The same for 4 bytes.
+DEVICE void copy_word_async(u32 shared, const void* global, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -16,6 +16,7 @@ mod contents;
 mod init;
 mod magnitude;
 mod peft;
+mod placed;
 mod state_space;
 mod targets;
 
@@ -25,6 +26,7 @@ pub(crate) use state_space::rate;
 pub use targets::Targets;
 
 use magnitude::Norms;
+use placed::Placed;
 
 /// What adapter to make.
 #[derive(Debug, Clone, PartialEq)]
@@ -132,6 +134,7 @@ pub struct Adapter {
     modules: Vec<Module>,
     /// One a Mamba layer, or none at all.
     state_spaces: Vec<StateSpace>,
+    placed: Placed,
 }
 
 /// What decides an adapter's shapes and how it is computed with: all of its description but the values.
@@ -242,7 +245,7 @@ impl Adapter {
         if modules.is_empty() {
             return Err(AdapterError::NoTarget);
         }
-        Ok(Self { shape, linears, slots, modules, state_spaces: Vec::new() })
+        Ok(Self { shape, linears, slots, modules, state_spaces: Vec::new(), placed: Placed::default() })
     }
 
     /// R of modules that no pattern names.
@@ -286,6 +289,7 @@ impl Adapter {
 
     /// As [`Adapter::parameters`], to be changed.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
+        self.placed.forget();
         let constants = self.state_spaces.iter_mut().flat_map(StateSpace::tensors_mut);
         let pairs = self.modules.iter_mut().flat_map(|module| {
             module.norms.forget();

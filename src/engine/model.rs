@@ -218,11 +218,22 @@ impl Model {
         let losses = self.inside(|| {
             let (positions, spans) = pack.layout();
             self.decoder.prepare(&*self.backend, workspace, &positions);
-            let mut pass = self.pass(Some(adapter), &positions, &spans);
+            let here = adapter.placed(self.number, &*self.backend);
+            let mut pass = self.pass(Some(&here), &positions, &spans);
             pass.noise = pack.noise.as_ref().map(|noise| RowNoise::new(noise, &pack.starts));
             self.decoder.forward(&pass, &pack.tokens, workspace, Keep::All, None)?;
             let losses = self.decoder.loss(&pass, pack, &rows, Some(scale), workspace)?;
-            self.decoder.backward(&pass, gradients, workspace)?;
+            match self.backend.kind() {
+                BackendKind::Cuda => {
+                    let kept = workspace.gradients.take().filter(|kept| kept.fit(adapter));
+                    let mut placed = kept.unwrap_or_else(|| Gradients::placed(adapter, &*self.backend));
+                    placed.clear(&*self.backend);
+                    self.decoder.backward(&pass, &mut placed, workspace)?;
+                    gradients.add(&mut placed);
+                    workspace.gradients = Some(placed);
+                }
+                _ => self.decoder.backward(&pass, gradients, workspace)?,
+            }
             Ok::<_, ModelError>(losses)
         })?;
         if let Some(name) = gradients.first_not_finite() {
@@ -244,7 +255,7 @@ impl Model {
         let rows = pack.supervised_rows();
         self.forward_pack(adapter, pack, workspace, Keep::One)?;
         let losses = self.inside(|| {
-            let pass = self.pass(adapter, &[], &[]);
+            let pass = self.pass(None, &[], &[]);
             self.decoder.loss(&pass, pack, &rows, None, workspace)
         })?;
         Ok(pack.by_sequence(&rows, &losses))
@@ -265,7 +276,7 @@ impl Model {
             return Err(ModelError::Row { row, tokens: pack.tokens.len() });
         }
         self.forward_pack(adapter, pack, workspace, Keep::One)?;
-        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), rows, workspace).to_vec()))
+        Ok(self.inside(|| self.decoder.logits(&self.pass(None, &[], &[]), rows, workspace).to_vec()))
     }
 
     /// The residual stream (T,C) before each layer, and last the normed stream before the head: what Hugging
@@ -281,7 +292,7 @@ impl Model {
     ) -> Result<Vec<Vec<f32>>, ModelError> {
         self.forward_pack(adapter, pack, workspace, Keep::All)?;
         let rows: Vec<usize> = (0..pack.tokens.len()).collect();
-        Ok(self.inside(|| self.decoder.hidden_states(&self.pass(adapter, &[], &[]), &rows, workspace)))
+        Ok(self.inside(|| self.decoder.hidden_states(&self.pass(None, &[], &[]), &rows, workspace)))
     }
 
     /// An empty cache for `sequences` sequences of up to `capacity` tokens each.
@@ -329,7 +340,7 @@ impl Model {
         if rows.is_empty() {
             return Ok(&mut []);
         }
-        Ok(self.inside(|| self.decoder.logits(&self.pass(adapter, &[], &[]), &rows, workspace)))
+        Ok(self.inside(|| self.decoder.logits(&self.pass(None, &[], &[]), &rows, workspace)))
     }
 
     /// As [`Model::extend`], for tokens whose logits nobody wants.
@@ -368,7 +379,7 @@ impl Model {
         let tokens: Vec<&[u32]> = continuations.iter().map(|(tokens, _)| *tokens).collect();
         self.forward_cached(adapter, cache, &tokens, workspace)?;
         let losses = self.inside(|| {
-            let pass = self.pass(adapter, &[], &[]);
+            let pass = self.pass(None, &[], &[]);
             self.decoder.loss(&pass, &pack, &rows, None, workspace)
         })?;
         Ok(pack.by_sequence(&rows, &losses))
@@ -388,7 +399,8 @@ impl Model {
         if !fed.is_empty() {
             self.inside(|| {
                 self.decoder.prepare(&*self.backend, workspace, &layout.positions);
-                let pass = self.pass(adapter, &layout.positions, &layout.spans);
+                let here = adapter.map(|adapter| adapter.placed(self.number, &*self.backend));
+                let pass = self.pass(here.as_deref(), &layout.positions, &layout.spans);
                 self.decoder.forward(&pass, &fed, workspace, Keep::One, Some((cache, &layout)))
             })?;
         }
@@ -406,7 +418,8 @@ impl Model {
         self.inside(|| {
             let (positions, spans) = pack.layout();
             self.decoder.prepare(&*self.backend, workspace, &positions);
-            let pass = self.pass(adapter, &positions, &spans);
+            let here = adapter.map(|adapter| adapter.placed(self.number, &*self.backend));
+            let pass = self.pass(here.as_deref(), &positions, &spans);
             self.decoder.forward(&pass, &pack.tokens, workspace, keep, None)
         })
     }

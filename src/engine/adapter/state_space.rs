@@ -44,6 +44,10 @@ impl StateSpace {
         LEAVES.into_iter().map(|leaf| key(&self.name, leaf)).zip(values)
     }
 
+    pub(super) fn buffers_mut(&mut self) -> [&mut Buffer; 3] {
+        [&mut self.a_log, &mut self.skip, &mut self.dt_bias]
+    }
+
     pub(super) fn tensors_mut(&mut self) -> impl Iterator<Item = (String, &mut [f32])> {
         let Self { name, a_log, skip, dt_bias } = self;
         let values = [&mut a_log[..], &mut skip[..], &mut dt_bias[..]];

@@ -48,6 +48,14 @@ impl Buffer {
         }
     }
 
+    /// Brings the values to host memory.
+    pub(crate) fn fetch(&mut self) -> &mut [f32] {
+        if let Storage::Device(values) = &self.0 {
+            *self = values.to_host().into();
+        }
+        self
+    }
+
     /// As [`Buffer::to_host`], without a copy where they are there.
     pub fn host(&self) -> Cow<'_, [f32]> {
         match &self.0 {

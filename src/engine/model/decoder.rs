@@ -202,13 +202,13 @@ impl Decoder {
         pass: &Pass<'_>,
         rows: &[usize],
         workspace: &'w mut Workspace,
-    ) -> &'w mut Buffer {
+    ) -> &'w mut [f32] {
         let Workspace { stream, head, .. } = workspace;
         self.gather(pass, rows, stream, head);
         let logits = pass.exact(&mut head.logits, rows.len() * self.head.rows);
         pass.backend.logits(logits, &head.normed, &self.head);
         pass.backend.map_logits(logits, self.logits);
-        logits
+        logits.fetch()
     }
 
     /// The stream before each layer and the normed stream after the last, of a pass that kept all layers.

@@ -6,6 +6,7 @@ use super::blocks::linear::PairScratch;
 use super::blocks::mamba::{MambaActivations, MambaScratch};
 use super::blocks::mlp::MlpActivations;
 use super::blocks::rope::RopeBuffer;
+use crate::adapter::Gradients;
 use crate::backend::Buffer;
 
 /// Reusable buffers; start with `Workspace::default()`. Any model may use any workspace.
@@ -27,6 +28,8 @@ pub struct Workspace {
     pub(super) dadded: Buffer,
     pub(super) scratch: Scratch,
     pub(super) head: HeadBuffers,
+    /// Of an adapter that is trained on a device.
+    pub(super) gradients: Option<Gradients>,
 }
 
 impl Workspace {

@@ -689,6 +689,14 @@ impl Gpu {
                         r
                     })
                 }
+                "bfi" => {
+                    let (a, b, at, len) = (src!(1), src!(2), src!(3), src!(4));
+                    put!(&i.o[0], |l: usize| {
+                        let (at, len) = ((at[l] & 255).min(63) as u32, (len[l] & 255).min(t.w as u64) as u32);
+                        let field = msk(len) << at & msk(t.w);
+                        b[l] & !field | a[l] << at & field
+                    })
+                }
                 "bfe" => {
                     let (a, b, c) = (src!(1), src!(2), src!(3));
                     put!(&i.o[0], |l: usize| {
@@ -702,6 +710,14 @@ impl Gpu {
                         } else {
                             v & msk(n)
                         }
+                    })
+                }
+                "bfi" => {
+                    let (a, b, c, d) = (src!(1), src!(2), src!(3), src!(4));
+                    put!(&i.o[0], |l: usize| {
+                        let (at, n) = ((c[l] & 255).min(64) as u32, (d[l] & 255).min(32) as u32);
+                        let field = if at >= t.w { 0 } else { msk(n.max(1)) << at & msk(t.w) };
+                        if n == 0 { b[l] } else { b[l] & !field | a[l] << at.min(63) & field }
                     })
                 }
                 "lop3" => {

@@ -2,27 +2,37 @@
 
 use super::super::{AttentionGradient, AttentionSaved, AttentionShape, Buffer, Precision, Span};
 use super::Cuda;
-use super::device::{Arg, Launch};
+use std::cmp::Reverse;
+
+use super::device::{Arg, DeviceBuffer, Launch};
 use super::linear::int;
 
 use Precision::{Exact, Rounded};
 
 /// Queries a tile takes.
 const QUERIES: usize = 64;
+/// Keys a tile takes, at most.
+const KEYS: usize = 64;
 
 /// The entry points of each head dimension.
 struct Kernels {
     head_dim: usize,
     forward: &'static str,
+    queries: &'static str,
+    keys: &'static str,
+}
+
+const fn of(head_dim: usize, [forward, queries, keys]: [&'static str; 3]) -> Kernels {
+    Kernels { head_dim, forward, queries, keys }
 }
 
 const KERNELS: [Kernels; 6] = [
-    Kernels { head_dim: 16, forward: "attention_16" },
-    Kernels { head_dim: 32, forward: "attention_32" },
-    Kernels { head_dim: 64, forward: "attention_64" },
-    Kernels { head_dim: 96, forward: "attention_96" },
-    Kernels { head_dim: 128, forward: "attention_128" },
-    Kernels { head_dim: 256, forward: "attention_256" },
+    of(16, ["attention_16", "attention_backward_queries_16", "attention_backward_keys_16"]),
+    of(32, ["attention_32", "attention_backward_queries_32", "attention_backward_keys_32"]),
+    of(64, ["attention_64", "attention_backward_queries_64", "attention_backward_keys_64"]),
+    of(96, ["attention_96", "attention_backward_queries_96", "attention_backward_keys_96"]),
+    of(128, ["attention_128", "attention_backward_queries_128", "attention_backward_keys_128"]),
+    of(256, ["attention_256", "attention_backward_queries_256", "attention_backward_keys_256"]),
 ];
 
 fn kernels(head_dim: usize) -> &'static Kernels {
@@ -36,6 +46,48 @@ fn query_tiles(spans: &[Span]) -> Vec<[usize; 2]> {
         (0..span.queries.len()).step_by(QUERIES).map(move |first| [index, first]).collect::<Vec<_>>()
     };
     spans.iter().enumerate().flat_map(of_span).collect()
+}
+
+/// (first row, rows, visits from, visits to) of each tile of keys, and (first row, queries, offset, 0) of each visit: the
+/// queries of one span that see any key of the tile, as `attention_backward.cu` has them. Those with the most queries
+/// come first.
+fn key_tiles(spans: &[Span]) -> (Vec<[usize; 4]>, Vec<[usize; 4]>) {
+    let mut tiles = Vec::new();
+    for span in spans {
+        // No tile lies across the end of a prefix.
+        let edges = spans.iter().flat_map(|span| [span.prefix.start, span.prefix.end]);
+        let mut cuts: Vec<usize> = edges.filter(|edge| span.keys.contains(edge)).collect();
+        cuts.extend([span.keys.start, span.keys.end]);
+        cuts.sort_unstable();
+        for cut in cuts.windows(2) {
+            for row in (cut[0]..cut[1]).step_by(KEYS) {
+                let visits: Vec<[usize; 4]> = spans.iter().filter_map(|span| visit(span, row)).collect();
+                tiles.push((row, KEYS.min(cut[1] - row), visits));
+            }
+        }
+    }
+    tiles.sort_by_key(|(_, _, visits)| Reverse(visits.iter().map(|visit| visit[1]).sum::<usize>()));
+    let mut all = Vec::new();
+    let tiles = tiles.into_iter().map(|(row, rows, visits)| {
+        let from = all.len();
+        all.extend(visits);
+        [row, rows, from, all.len()]
+    });
+    (tiles.collect(), all)
+}
+
+/// The queries of a span that see the key at `row`, and with it any of its tile.
+fn visit(span: &Span, row: usize) -> Option<[usize; 4]> {
+    let position = if span.prefix.contains(&row) {
+        row - span.prefix.start
+    } else if span.keys.contains(&row) {
+        span.prefix.len() + row - span.keys.start
+    } else {
+        return None;
+    };
+    let first = position.saturating_sub(span.past());
+    let queries = span.queries.len().checked_sub(first).filter(|&queries| queries > 0)?;
+    Some([span.queries.start + first, queries, span.past() + first - position, 0])
 }
 
 impl Cuda {
@@ -79,7 +131,40 @@ impl Cuda {
         saved: &AttentionSaved<'_>,
         shape: &AttentionShape<'_>,
     ) {
-        let _ = (gradient, dout, saved, shape);
-        unimplemented!()
+        let AttentionSaved { q, k, v, out, logsumexp } = *saved;
+        let (dim, heads, t) = (shape.head_dim, shape.heads, dout.len() / (shape.heads * shape.head_dim));
+        let (q, k, v) = (self.input(q, Rounded), self.input(k, Rounded), self.input(v, Rounded));
+        let (out, dout) = (self.input(out, Rounded), self.input(dout, Rounded));
+        let delta = DeviceBuffer::new(&self.device, t * heads, Exact);
+        let delta = Arg::Pointer(delta.at(Exact));
+        let sizes = [int(t), int(heads), int(dim)];
+        let args = [&[delta, out.arg(), dout.arg()][..], &sizes].concat();
+        self.launch("attention_delta", (t * heads).div_ceil(64), 256, &args);
+        let logsumexp = self.input(logsumexp, Exact);
+        let from = [dout.arg(), q.arg(), k.arg(), v.arg(), logsumexp.arg(), delta];
+        let map = [
+            int(heads),
+            int(shape.kv_heads),
+            Arg::F32(shape.scale),
+            Arg::F32(shape.softcap.unwrap_or(0.0)),
+            int(shape.window.unwrap_or(0)),
+        ];
+        let shared = (if dim >= 96 { 384 * dim } else { 512 * dim }) as u32;
+        let kernels = kernels(dim);
+
+        let tiles = query_tiles(shape.spans);
+        let (spans, list) = (self.spans(shape.spans), self.list(tiles.iter().flatten().copied()));
+        let dq = self.output(gradient.dq, Rounded);
+        let args = [&[dq.arg()][..], &from, &[spans.arg(), list.arg()], &map].concat();
+        let grid = [tiles.len() as u32, heads as u32, 1];
+        self.start(kernels.queries, Launch { grid, block: 128, shared }, &args);
+
+        let (tiles, visits) = key_tiles(shape.spans);
+        let list = self.list(tiles.iter().flatten().copied());
+        let visits = self.list(visits.iter().flatten().copied());
+        let (dk, dv) = (self.output(gradient.dk, Rounded), self.output(gradient.dv, Rounded));
+        let args = [&[dk.arg(), dv.arg()][..], &from, &[list.arg(), visits.arg()], &map].concat();
+        let grid = [tiles.len() as u32, shape.kv_heads as u32, dim.div_ceil(128) as u32];
+        self.start(kernels.keys, Launch { grid, block: 128, shared: shared + 512 }, &args);
     }
 }

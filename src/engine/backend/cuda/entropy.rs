@@ -52,7 +52,7 @@ impl Cuda {
                 Arg::F32(map.softcap.unwrap_or(0.0)),
                 Arg::F32(scale),
             ];
-            self.launch("cross_entropy", count, 256, &args);
+            self.launch("cross_entropy", count, 512, &args);
             if let Some(dhidden) = &dhidden {
                 let (dx, shape) = (dhidden.at(first * c, Rounded), (count, c, vocabulary));
                 self.gemm(Gemm::Nn, dx, (at_dlogits, weight.arg()), shape, None, Write::Overwrite);

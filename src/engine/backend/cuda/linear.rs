@@ -128,7 +128,7 @@ impl Cuda {
         let (a, b) = (self.input(lora.a, Rounded), self.input(lora.b, Rounded));
         let (x, y, h) = (self.input(x, Rounded), self.output(y, Rounded), self.output(h, Rounded));
         let args = [h.arg(), int(r), x.arg(), int(k), a.arg(), Arg::F32(lora.scale), int(t), int(r), int(k)];
-        self.launch("lora_down", lora_grid(t), 128, &args);
+        self.start("lora_down", narrow(t, r), &args);
         match weight {
             Some(weight) => {
                 let (w, extension) = (self.dense(weight), Some((h.arg(), b.arg(), r)));
@@ -154,7 +154,7 @@ impl Cuda {
         let dh = self.output(dh, Rounded);
         let args =
             [dh.arg(), int(r), dy.arg(), int(n), b.arg(), Arg::F32(lora.scale), int(t), int(r), int(n)];
-        self.launch("lora_up_transposed", lora_grid(t), 128, &args);
+        self.start("lora_up_transposed", narrow(t, r), &args);
         self.add_transposed(gradient.db, (dy.arg(), n), (h.arg(), r), t);
         self.add_transposed(gradient.da, (dh.arg(), r), (x.arg(), k), t);
         let Some((dx, write, weight)) = dx else { return };
@@ -202,6 +202,14 @@ pub(super) fn int(value: usize) -> Arg {
     Arg::I32(value as i32)
 }
 
-fn lora_grid(t: usize) -> usize {
-    t.div_ceil(64)
+/// The launch of a product of t rows that is r wide.
+fn narrow(t: usize, r: usize) -> Launch {
+    let width = if r <= 16 {
+        16
+    } else if r <= 32 {
+        32
+    } else {
+        64
+    };
+    Launch { grid: [r.div_ceil(64) as u32, t.div_ceil(32) as u32, 1], block: 128, shared: (32 + width) * 512 }
 }

@@ -102,8 +102,29 @@ impl Cuda {
         scan: &Scan<'_>,
         carry: Option<Carry<'_>>,
     ) {
-        let _ = (y, input, scan, carry);
-        unimplemented!()
+        let spans = self.spans(scan.spans);
+        let given = self.scan_input(input);
+        let constants = self.scan_constants(scan);
+        let (y, carried) = (self.output(y, Rounded), self.carried(carry));
+        let args = [
+            &[y.arg()][..],
+            &given.each_ref().map(Input::arg),
+            &constants.each_ref().map(Input::arg),
+            &[spans.arg()],
+            &carried.args(),
+            &scan_sizes(scan),
+        ]
+        .concat();
+        let grid = [(scan.heads * scan.head_dim.div_ceil(64)) as u32, scan.spans.len() as u32, 1];
+        self.start(scan_kernel(scan.states), Launch { grid, block: 256, shared: 0 }, &args);
+    }
+
+    fn scan_input(&self, input: &ScanInput<'_>) -> [Input; 4] {
+        [input.x, input.b, input.c, input.dt].map(|values| self.input(values, Rounded))
+    }
+
+    fn scan_constants(&self, scan: &Scan<'_>) -> [Input; 3] {
+        [scan.dt_bias, scan.rate, scan.skip].map(|values| self.input(values, Exact))
     }
 
     pub(super) fn scan_back(
@@ -115,5 +136,23 @@ impl Cuda {
     ) {
         let _ = (gradient, dy, input, scan);
         unimplemented!()
+    }
+}
+
+fn scan_sizes(scan: &Scan<'_>) -> [Arg; 6] {
+    let (low, high) = scan.dt_limits;
+    let [heads, head_dim, groups, states] = [scan.heads, scan.head_dim, scan.groups, scan.states].map(int);
+    [heads, head_dim, groups, states, Arg::F32(low), Arg::F32(high)]
+}
+
+/// The forward scan for so many states.
+fn scan_kernel(states: usize) -> &'static str {
+    match states {
+        0..=16 => "scan_16",
+        17..=32 => "scan_32",
+        33..=64 => "scan_64",
+        65..=128 => "scan_128",
+        129..=256 => "scan_256",
+        _ => unreachable!("BUG: models with more states are refused"),
     }
 }
