@@ -21,7 +21,9 @@ use crate::random::mix;
 mod attention;
 mod device;
 mod entropy;
+mod library;
 mod linear;
+mod nvrtc;
 mod operand;
 mod recurrent;
 #[cfg(test)]
