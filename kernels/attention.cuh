@@ -15,13 +15,13 @@ template <int D> struct Tile {
     static DEVICE u32 offset(int row, int piece) { return row * (D * 2) + (piece ^ permuted(row)) * 16; }
 
     // Brings the first `count` of ROWS rows, zeros for the rest. `row_of` gives the row of each; `from` is where the D
-    // values of row 0 begin, `stride` from row to row. By THREADS threads.
+    // values of row 0 begin, `stride` from row to row. By THREADS threads, of which this is `thread`.
     template <int ROWS, int THREADS, class RowOf>
-    DEVICE void copy_rows(const bf16* from, int stride, int count, RowOf row_of) const {
+    DEVICE void copy_rows(const bf16* from, int stride, int count, RowOf row_of, int thread = threadIdx.x) const {
         constexpr int PIECES = D / 8;
 #pragma unroll
         for (int first = 0; first < ROWS * PIECES; first += THREADS) {
-            const int index = first + threadIdx.x, r = index / PIECES, piece = index % PIECES;
+            const int index = first + thread, r = index / PIECES, piece = index % PIECES;
             if (ROWS * PIECES % THREADS != 0 && r >= ROWS) break;
             const bf16* at = from + (i64)row_of(min(r, count - 1)) * stride + piece * 8;
             copy_async(address + offset(r, piece), at, r < count ? 16 : 0);

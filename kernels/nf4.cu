@@ -24,6 +24,7 @@
 //   v1  decoded into shared memory and read back by ldmatrix: 4 bytes through shared memory a value, two barriers a step
 //   v2  decoded into the registers of an mma's left factor: x alone, and its codes, go through shared memory
 #include "common.cuh"
+#include "panel.cuh"
 
 constexpr int THREADS = 256;
 constexpr int SCALED = 64;                          // values that share a scale

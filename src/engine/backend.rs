@@ -336,7 +336,8 @@ pub trait Backend: Debug + Send + Sync {
     /// dx (T,K) = or += dy (T,N) · W (N,K): the backward of [`Backend::linear`] to its input.
     fn linear_backward(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write);
 
-    /// h (T,R) = x (T,K) · Aᵀ; y (T,N) += scale * h · Bᵀ. Overwrites h, adds to y.
+    /// h (T,R) = x (T,K) · Aᵀ; y (T,N) += scale * h · Bᵀ. Overwrites h, which is for the backward of the same backend
+    /// (a device keeps it multiplied by the scale), adds to y.
     fn lora(&self, y: &mut Buffer, h: &mut Buffer, x: &Buffer, lora: &Lora<'_>);
 
     /// dB += scale * dyᵀ · h; dh (T,R) = scale * dy · B; dA += dhᵀ · x; dx (T,K) += dh · A if asked for.

@@ -7,6 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use ptxsim::Module;
 
 use super::device::{Arg, Device, DeviceError, Launch};
+use super::nvrtc::{Compiler, LINES, Text};
+use super::program::{FILES, HEADERS};
 
 /// The interpreter and what was asked of it.
 #[derive(Debug)]
