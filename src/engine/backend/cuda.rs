@@ -25,6 +25,7 @@ mod library;
 mod linear;
 mod nvrtc;
 mod operand;
+mod program;
 mod recurrent;
 
 pub(crate) use device::DeviceBuffer;
