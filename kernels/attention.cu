@@ -8,25 +8,37 @@
 // A span's keys have positions: first those of its prefix, then its own; its queries are the last positions. A query
 // sees the keys not after it, with window > 0 only the last `window` of them, itself among them.
 //
-//   entry                                   grid            block  dynamic shared memory
-//   attention_D, D = 16 32 64 96 128 256    (tiles, heads)  128    256 · D bytes (64 KiB at D = 256: opt in)
+//   entry                                         grid                        block  dynamic shared memory
+//   attention_D, D = 16 32 64 96 128 256          (tiles, heads)              128    256 · D bytes
+//   attention_parts_D, then attention_join,       (ceil(count/4), kv_heads)   128    256 · D bytes
+//     for spans of few queries, instead           (joins, kv_heads)           128    0
+// (64 KiB at D = 256: to be opted in.) -DHEAD_DIM=64 compiles the entries of that head dim only.
 //
 // tiles int2 (span, first query within the span), one for each 64 queries of a span or what is left of them:
 //   for span in 0..spans { for first in (0..queries of span).step_by(64) { tiles.push((span, first)) } }
 // In any order: no result depends on it. Those with the most keys first end soonest together.
 //
+// parts int4 (span, first row, first position, keys), `count` of them: some keys of a span for 16 of its rows, where row r is
+// of query r / group and head r % group of the heads / kv_heads = group that share the keys. The parts of the same rows
+// follow each other and hold every position that a query sees once, other positions may be among them. joins int4 (span,
+// first row, first part, parts). partial f32: count · kv_heads · 16 · (D + 2). Parts of 64 keys are many enough to read
+// a cache with the whole device; a result depends on how keys are parted.
+//
 // A warp has 16 queries in registers, with their output and its scores; a block's four warps share tiles of 64 keys (32 at
 // D = 256) that cp.async brings while they compute: values while scores are made, the next keys during softmax and
 // output. Softmax is that of the keys so far, corrected as its maximum grows. Tiles begin at multiples of their size, so
 // a query's bits are the same whatever queries share its tile. A warp leaves out the 16 keys at a time that none of its
-// queries sees.
+// queries sees. Of parts, each warp has its own and meets no barrier; the heads of a group are rows of one tile, so that
+// keys and values are read once.
 //
 // Moves q and out once, k and v once per tile of queries (mostly from L2). 4 · D flops a pair on tensor cores: bound by
-// them from some 200 keys on, below by the latency of a tile.
+// them from some 200 keys on, below by the latency of a tile. Parts: bound by reading k and v.
 //
 // Versions
 //   v1  padded rows in shared memory: 52 KiB at D = 128, one block a multiprocessor on consumer cards.
-//   v2  this: permuted rows, the tile of queries lends its place to the values: 32 KiB, three blocks.
+//   v2  permuted rows, the tile of queries lends its place to the values: 32 KiB, two blocks (registers).
+//   v3  this: addresses of fragments are two lane constants and immediates: at D = 128 the inner loop is some 750 instructions
+//       instead of 1150 for 128 products, so that it is the tensor cores that are waited for where a product takes 8 cycles.
 #include "common.cuh"
 #include "attention.cuh"
 #include "span.cuh"
@@ -35,9 +47,83 @@ constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int QUERIES = WARPS * 16;
 
+// The softmax of the keys so far and their values' sum, of 16 queries: the lane's rows are lane / 4 and 8 more.
+template <int D> struct Softmax {
+    float sums[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
+    // The exponents of two that have been taken off, and their last change.
+    float shift[2];
+
+    // Turns scores into probabilities, relative to the most so far; `factor` > 0 makes them exponents of two. `total` is
+    // of the lane's columns only.
+    template <int N> DEVICE void take(float (&scores)[N][4], float factor) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float more = most[half];
+#pragma unroll
+            for (int n = 0; n < N; n++) more = fmaxf(more, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
+            more = fmaxf(more, exchange(more, 1));
+            more = fmaxf(more, exchange(more, 2));
+            shift[half] = more == MINUS_INFINITY ? 0.0f : more * factor;
+            const float correction = power_of_two(most[half] * factor - shift[half]);
+            most[half] = more;
+            total[half] *= correction;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                sums[n][half * 2] *= correction;
+                sums[n][half * 2 + 1] *= correction;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[n][i] = power_of_two(scores[n][i] * factor - shift[i / 2]);
+                total[i / 2] += scores[n][i];
+            }
+    }
+
+    // Adds the values of 16 keys, from `row` of a tile on, by their probabilities.
+    DEVICE void add(const float (&left)[4], const float (&right)[4], Tile<D> values, int row) {
+        u32 probabilities[4];
+        round_left(probabilities, left, right);
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            u32 read[4];
+            values.load_right(read, row, step * 2);
+            mma_16x16(sums[step * 2], sums[step * 2 + 1], probabilities, read);
+        }
+    }
+
+    // Makes `total` that of the row.
+    DEVICE void close() {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            total[half] += exchange(total[half], 1);
+            total[half] += exchange(total[half], 2);
+        }
+    }
+};
+
+// The map of scores, in two parts: what is done to them first, and the factor that makes exponents of two of them.
+struct ScoreMap {
+    float capped, factor;
+
+    DEVICE ScoreMap(float scale, float softcap)
+        : capped(softcap > 0.0f ? 2.0f * LOG2_E * scale / softcap : 0.0f),
+          factor((softcap > 0.0f ? softcap : scale) * LOG2_E) {}
+
+    template <int N> DEVICE void cap(float (&scores)[N][4]) const {
+        if (capped == 0.0f) return;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
+    }
+};
+
 template <int D>
-DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans,
-                      const int2* tiles, int heads, int kv_heads, float scale, float softcap, int window) {
+DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans,
+                   const int2* tiles, int heads, int kv_heads, float scale, float softcap, int window) {
     constexpr int KEYS = D <= 128 ? 64 : 32, GROUPS = KEYS / 16, STEPS = D / 16;
     // Whether queries stay in registers as fragments.
     constexpr bool HELD = D <= 128;
@@ -79,9 +165,8 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     const int own = first + warp * 16;
     const int seen_begin = window > 0 ? max(own + 1 - window, 0) : 0;
     const int seen_end = warp * 16 < queries ? min(own + 16, end) : 0;
-    const float capped = 2.0f * LOG2_E * scale / softcap;
-    const float factor = (softcap > 0.0f ? softcap : scale) * LOG2_E;
-    float sums[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
+    const ScoreMap map(scale, softcap);
+    Softmax<D> softmax;
 
     for (int at = begin; at < end; at += KEYS) {
         wait_for_copies<0>();
@@ -111,13 +196,7 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
         if (at + KEYS < end) copy_keys(k_tile, k, at + KEYS);
         if (group_begin >= group_end) continue;
 
-        if (softcap > 0.0f) {
-#pragma unroll
-            for (int n = 0; n < GROUPS * 2; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
-        }
+        map.cap(scores);
         // What is not seen; a cap has made of it -1 where it was left out.
         if (at + KEYS > own + 1 || at < seen_begin + 15 && window > 0) {
 #pragma unroll
@@ -129,61 +208,27 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
                 }
         }
 
-        float shift[2];
+        softmax.take(scores, map.factor);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float more = most[half];
-#pragma unroll
-            for (int n = 0; n < GROUPS * 2; n++) more = fmaxf(more, fmaxf(scores[n][half * 2], scores[n][half * 2 + 1]));
-            more = fmaxf(more, exchange(more, 1));
-            more = fmaxf(more, exchange(more, 2));
-            shift[half] = more == MINUS_INFINITY ? 0.0f : more * factor;
-            const float correction = power_of_two(most[half] * factor - shift[half]);
-            most[half] = more;
-            total[half] *= correction;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                sums[n][half * 2] *= correction;
-                sums[n][half * 2 + 1] *= correction;
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < GROUPS * 2; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[n][i] = power_of_two(scores[n][i] * factor - shift[i / 2]);
-                total[i / 2] += scores[n][i];
-            }
-
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            if (group < group_begin || group_end <= group) continue;
-            u32 probabilities[4];
-            round_left(probabilities, scores[group * 2], scores[group * 2 + 1]);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                u32 v_read[4];
-                v_tile.load_right(v_read, group * 16, step * 2);
-                mma_16x16(sums[step * 2], sums[step * 2 + 1], probabilities, v_read);
-            }
-        }
+        for (int group = 0; group < GROUPS; group++)
+            if (group_begin <= group && group < group_end)
+                softmax.add(scores[group * 2], scores[group * 2 + 1], v_tile, group * 16);
     }
 
     // The output goes through shared memory, 16 rows a warp, to leave in whole pieces.
     __syncthreads();
     u8* staged = (u8*)shared + (q_tile.address - k_tile.address);
+    softmax.close();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        total[half] += exchange(total[half], 1);
-        total[half] += exchange(total[half], 2);
         const int r = warp * 16 + lane_row + half * 8;
         if (lane % 4 == 0 && r < queries)
-            logsumexp[(i64)(row + r) * heads + head] = (most[half] * factor + __log2f(total[half])) * LN_2;
-        const float inverse = __fdividef(1.0f, total[half]);
+            logsumexp[(i64)(row + r) * heads + head] = (softmax.shift[half] + __log2f(softmax.total[half])) * LN_2;
+        const float inverse = __fdividef(1.0f, softmax.total[half]);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            const u32 pair = to_bf16x2(sums[n][half * 2] * inverse, sums[n][half * 2 + 1] * inverse);
-            *(u32*)(staged + Tile<D>::offset(r, n) + lane_column * 2) = pair;
+            const float* sums = softmax.sums[n] + half * 2;
+            *(u32*)(staged + Tile<D>::offset(r, n) + lane_column * 2) = to_bf16x2(sums[0] * inverse, sums[1] * inverse);
         }
     }
     __syncwarp();
@@ -196,17 +241,161 @@ DEVICE void attention(bf16* out, float* logsumexp, const bf16* q, const bf16* k,
     }
 }
 
+template <int D>
+DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int4* parts,
+                        int count, int heads, int kv_heads, float scale, float softcap, int window) {
+    constexpr int STEPS = D / 16;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const int index = blockIdx.x * WARPS + warp, kv_head = blockIdx.y, group = heads / kv_heads;
+    // No barrier follows but those of warps.
+    if (index >= count) return;
+    extern __shared__ uint4 shared[];
+    const Tile<D> k_tile = {shared_address(shared) + warp * 64 * D}, v_tile = {k_tile.address + 32 * D};
+
+    const int4 part = parts[index];
+    const Span span = spans[part.x];
+    const int queries = span.queries_end - span.queries_start, rows = min(queries * group - part.y, 16);
+    const int prefix = span.prefix_end - span.prefix_start, end = part.z + part.w;
+    const int first = prefix + span.keys_end - span.keys_start - queries;
+    k += kv_head * D;
+    v += kv_head * D;
+    auto copy_keys = [&](Tile<D> to, const bf16* from, int at) {
+        auto row_of = [&](int r) {
+            return at + r + (at + r < prefix ? span.prefix_start : span.keys_start - prefix);
+        };
+        if (at < end) to.template copy_rows<16, WARP>(from, kv_heads * D, end - at, row_of, lane);
+        commit_copies();
+    };
+    copy_keys(k_tile, k, part.z);
+    copy_keys(v_tile, v, part.z);
+
+    // Rows beyond the last are like it.
+    u32 held[STEPS][4];
+    int position[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = part.y + min(lane_row + half * 8, rows - 1), query = row / group;
+        position[half] = first + query;
+        const i64 at = (i64)(span.queries_start + query) * heads + kv_head * group + row % group;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const u32* from = (const u32*)(q + at * D + step * 16 + lane_column);
+            held[step][half] = from[0];
+            held[step][half + 2] = from[4];
+        }
+    }
+
+    const ScoreMap map(scale, softcap);
+    Softmax<D> softmax;
+    for (int at = part.z; at < end; at += 16) {
+        wait_for_copies<1>();
+        __syncwarp();
+        float scores[2][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            u32 k_read[4];
+            k_tile.load_right_transposed(k_read, 0, step * 2);
+            mma_16x16(scores[0], scores[1], held[step], k_read);
+        }
+        __syncwarp();
+        copy_keys(k_tile, k, at + 16);
+        map.cap(scores);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = at + n * 8 + lane_column + i % 2, query = position[i / 2];
+                if (key >= end || key > query || window > 0 && key <= query - window) scores[n][i] = MINUS_INFINITY;
+            }
+        softmax.take(scores, map.factor);
+        wait_for_copies<1>();
+        __syncwarp();
+        softmax.add(scores[0], scores[1], v_tile, 0);
+        __syncwarp();
+        copy_keys(v_tile, v, at + 16);
+    }
+
+    softmax.close();
+    const i64 slot = (i64)index * kv_heads + kv_head;
+    float* stats = partial + (i64)count * kv_heads * 16 * D + slot * 32;
+    partial += slot * 16 * D;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = lane_row + half * 8;
+        if (r >= rows) continue;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            store_pair(partial + r * D + n * 8 + lane_column, softmax.sums[n][half * 2], softmax.sums[n][half * 2 + 1]);
+        const float total = softmax.total[half], shift = total > 0.0f ? softmax.shift[half] : MINUS_INFINITY;
+        if (lane % 4 == 0) store_pair(stats + r * 2, shift, total);
+    }
+}
+
+// A warp a row; its lanes hold four neighbouring values each, 128 at a time.
+KERNEL __launch_bounds__(THREADS)
+    attention_join(bf16* out, float* logsumexp, const float* partial, const Span* spans, const int4* joins, int count,
+                   int heads, int kv_heads, int head_dim) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, group = heads / kv_heads;
+    // Span, first row, first part, parts.
+    const int4 join = joins[blockIdx.x];
+    const Span span = spans[join.x];
+    const int rows = min((span.queries_end - span.queries_start) * group - join.y, 16);
+    const float* stats = partial + (i64)count * kv_heads * 16 * head_dim;
+    for (int r = warp; r < rows; r += WARPS) {
+        auto slot = [&](int part) { return ((i64)(join.z + part) * kv_heads + kv_head) * 16 + r; };
+        float most = MINUS_INFINITY, total = 0.0f;
+        for (int part = lane; part < join.w; part += WARP) most = fmaxf(most, stats[slot(part) * 2]);
+        most = warp_max(most);
+        for (int part = lane; part < join.w; part += WARP)
+            total += stats[slot(part) * 2 + 1] * power_of_two(stats[slot(part) * 2] - most);
+        total = warp_sum(total);
+        const i64 row = join.y + r, at = (span.queries_start + row / group) * heads + kv_head * group + row % group;
+        if (lane == 0) logsumexp[at] = (most + __log2f(total)) * LN_2;
+        for (int d = lane * 4; d < head_dim; d += WARP * 4) {
+            float4 sum = {};
+            for (int part = 0; part < join.w; part++) {
+                const float weight = power_of_two(stats[slot(part) * 2] - most);
+                const float4 term = *(const float4*)(partial + slot(part) * head_dim + d);
+                sum.x += term.x * weight;
+                sum.y += term.y * weight;
+                sum.z += term.z * weight;
+                sum.w += term.w * weight;
+            }
+            const float inverse = __fdividef(1.0f, total);
+            *(uint2*)(out + at * head_dim + d) =
+                make_uint2(to_bf16x2(sum.x * inverse, sum.y * inverse), to_bf16x2(sum.z * inverse, sum.w * inverse));
+        }
+    }
+}
+
 #define ATTENTION(D, BLOCKS)                                                                                           \
     KERNEL __launch_bounds__(THREADS, BLOCKS) attention_##D(                                                                   \
         bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int2* tiles, \
         int heads, int kv_heads, float scale, float softcap, int window) {                                            \
-        attention<D>(out, logsumexp, q, k, v, spans, tiles, heads, kv_heads, scale, softcap, window);                  \
+        attend<D>(out, logsumexp, q, k, v, spans, tiles, heads, kv_heads, scale, softcap, window);                     \
+    }                                                                                                                  \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_parts_##D(                                                     \
+        float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int4* parts, int count,  \
+        int heads, int kv_heads, float scale, float softcap, int window) {                                             \
+        attend_part<D>(partial, q, k, v, spans, parts, count, heads, kv_heads, scale, softcap, window);                \
     }
 
 // Blocks a multiprocessor are what registers allow.
+#if !defined(HEAD_DIM) || HEAD_DIM == 16
 ATTENTION(16, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 32
 ATTENTION(32, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 64
 ATTENTION(64, 3)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 96
 ATTENTION(96, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 128
 ATTENTION(128, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 256
 ATTENTION(256, 1)
+#endif

@@ -12,16 +12,21 @@
 //   attention_delta               ceil(t · heads / 64)                256    0
 //   attention_backward_queries_D  (tiles, heads)                      128    512·D bytes, 384·D from D = 96 on
 //   attention_backward_keys_D     (key tiles, kv_heads, ceil(D/128))  128    the same and 512
-//   D = 16 32 64 96 128 256; head_dim of attention_delta is any multiple of 8
+//   attention_backward_sums       (sums, kv_heads, 2)                 256    0; after keys, if there are sums
+// D = 16 32 64 96 128 256; head_dim is a multiple of 8. -DHEAD_DIM=64 compiles the entries of that head dim only.
 //
 // tiles: those of the forward, one list for both. A dq of 64 queries is one block's.
-// key tiles int4 (first row, rows, visits from, visits to), at most 64 rows each, all in one span's keys and all or none of
-// them in a prefix; visits int4 (first row, queries, offset, 0): the queries of one span that see any key of the tile,
-// where query i (from 0) sees key j of the tile if j <= offset + i, and with a window if j > offset + i - window:
+// key tiles: at most 64 rows each, all in one span's keys and all or none of them in a prefix. Each has at least one visit.
+// visits int4 (first row, queries, offset, 0): the queries of one span that see any key of the tile, where query i (from 0)
+// sees key j of the tile if j <= offset + i, and with a window if j > offset + i - window:
 //   offset = position of the first query - position of the tile's first key, in the query's span
 // Queries that see nothing may be in a visit, no query may be in two visits of a tile. So that one list serves layers with
-// a window and without, make it without. One block adds up the visits in their order, heads outside: dk and dv are
-// the same bits in every run.
+// a window and without, make it without. A visit may be cut: (row + n, queries - n, offset + n) is its rest.
+// One block adds up the visits of a key tile in their order, heads outside. A tile that very many queries see (that of a
+// prefix) is cut: it is in the list several times with other visits, and slots that follow each other; the sums of each go
+// to `partial` (slots, kv_heads, 2, 64, D) f32 and are added in the slots' order by attention_backward_sums:
+//   sums int4 (first row, rows, first slot, slots)
+// All orders are the lists', so dk and dv are the same bits in every run.
 //
 // A warp has 16 rows (queries, or keys) with their sums in registers. What it meets is streamed through two stages of
 // shared memory, 32 columns a stage (16 from D = 96 on): a barrier each, copies under way meanwhile. Up to D = 64 the
@@ -32,7 +37,9 @@
 //
 // Versions
 //   v1  one stage of twice the size: as much shared memory, but copies waited for.
-//   v2  this.
+//   v2  two stages. A prefix of 128 tokens before 8192 others is two tiles: sixteen blocks of 2048 iterations (8 kv heads)
+//       while all else has ended.
+//   v3  this: such tiles are cut.
 #include "common.cuh"
 #include "attention.cuh"
 #include "span.cuh"
@@ -254,10 +261,28 @@ DEVICE void backward_queries(bf16* dq, const bf16* dout, const bf16* q, const bf
     store_rows<D>(dq + at_row, heads * D, queries, sums, scale, (u8*)shared);
 }
 
+// Stores the first `count` rows of the block's sums as they are, in f32.
+template <int D, int N> DEVICE void store_partial(float* out, int count, const float (&sums)[N][4]) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int r = threadIdx.x / WARP * 16 + lane / 4 + half * 8;
+        if (r >= count) continue;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            store_pair(out + r * D + n * 8 + lane % 4 * 2, sums[n][half * 2], sums[n][half * 2 + 1]);
+    }
+}
+
+// Keys whose gradients a block makes. `slot` is that of its partial sums, or -1 where they are whole.
+struct KeyTile {
+    int first_row, rows, visits_begin, visits_end, slot;
+};
+
 template <int D>
-DEVICE void backward_keys(bf16* dk, bf16* dv, const bf16* dout, const bf16* q, const bf16* k, const bf16* v,
-                          const float* logsumexp, const float* delta, const int4* tiles, const int4* visits, int heads,
-                          int kv_heads, float scale, float softcap, int window) {
+DEVICE void backward_keys(bf16* dk, bf16* dv, float* partial, const bf16* dout, const bf16* q, const bf16* k,
+                          const bf16* v, const float* logsumexp, const float* delta, const KeyTile* tiles,
+                          const int4* visits, int heads, int kv_heads, float scale, float softcap, int window) {
     constexpr int QUERIES = Rows<D>::COLUMNS, GROUPS = QUERIES / 16, WIDTH = D <= 128 ? D : 128;
     extern __shared__ uint4 shared[];
     Rows<D> rows(shared_address(shared));
@@ -266,9 +291,9 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const bf16* dout, const bf16* q, c
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
     const int kv_head = blockIdx.y, group_heads = heads / kv_heads, piece = blockIdx.z * (WIDTH / 8);
-    const int first_row = tiles[blockIdx.x].x, keys = tiles[blockIdx.x].y;
-    const int visits_begin = tiles[blockIdx.x].z, visits_end = tiles[blockIdx.x].w;
-    const i64 at_row = ((i64)first_row * kv_heads + kv_head) * D;
+    const KeyTile tile = tiles[blockIdx.x];
+    const int keys = tile.rows;
+    const i64 at_row = ((i64)tile.first_row * kv_heads + kv_head) * D;
 
     auto same = [](int r) { return r; };
     auto copy_queries = [&](int stage, int head, const int4& visit, int base) {
@@ -289,22 +314,22 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const bf16* dout, const bf16* q, c
 
     const ScoreMap map(scale, softcap);
     float dk_sums[WIDTH / 8][4] = {}, dv_sums[WIDTH / 8][4] = {};
-    int head = kv_head * group_heads, index = visits_begin, base = 0;
+    int head = kv_head * group_heads, index = tile.visits_begin, base = 0;
     const int head_begin = head, head_end = head + group_heads, own = warp * 16;
     int4 visit = visits[index];
     copy_queries(0, head, visit, base);
     for (int stage = 0; head < head_end; stage ^= 1) {
         wait_for_copies<0>();
         __syncthreads();
-        if (head == head_begin && index == visits_begin && base == 0) rows.hold();
+        if (head == head_begin && index == tile.visits_begin && base == 0) rows.hold();
 
         // The queries of this stage, and those of the next.
         const int offset = visit.z + base, queries = min(visit.y - base, QUERIES);
         base += QUERIES;
         if (base >= visit.y) {
             base = 0;
-            if (++index == visits_end) {
-                index = visits_begin;
+            if (++index == tile.visits_end) {
+                index = tile.visits_begin;
                 head++;
             }
             visit = visits[index];
@@ -355,10 +380,37 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const bf16* dout, const bf16* q, c
             add_product<D>(dk_sums, factor, rows.left(stage), group * 16, piece);
         }
     }
-    // Only this warp reads its rows of the first two tiles.
+    if (tile.slot >= 0) {
+        partial += ((i64)tile.slot * kv_heads + kv_head) * 2 * ROWS * D + piece * 8;
+        store_partial<D>(partial, keys, dk_sums);
+        store_partial<D>(partial + ROWS * D, keys, dv_sums);
+        return;
+    }
+    // Only this warp reads its rows of the first tile.
     u8* const k_staged = (u8*)shared;
     store_rows<D>(dk + at_row + piece * 8, kv_heads * D, keys, dk_sums, scale, k_staged);
     store_rows<D>(dv + at_row + piece * 8, kv_heads * D, keys, dv_sums, 1.0f, k_staged);
+}
+
+KERNEL __launch_bounds__(256) attention_backward_sums(bf16* dk, bf16* dv, const float* partial, const int4* sums,
+                                                      int kv_heads, int head_dim, float scale) {
+    const int4 tile = sums[blockIdx.x];
+    const int kv_head = blockIdx.y, values = ROWS * head_dim;
+    bf16* out = blockIdx.z == 0 ? dk : dv;
+    const float factor = blockIdx.z == 0 ? scale : 1.0f;
+    for (int at = threadIdx.x * 4; at < tile.y * head_dim; at += blockDim.x * 4) {
+        float4 sum = {};
+        for (int slot = tile.z; slot < tile.z + tile.w; slot++) {
+            const float4 term = *(const float4*)(partial + (((i64)slot * kv_heads + kv_head) * 2 + blockIdx.z) * values + at);
+            sum.x += term.x;
+            sum.y += term.y;
+            sum.z += term.z;
+            sum.w += term.w;
+        }
+        const i64 row = tile.x + at / head_dim;
+        *(uint2*)(out + (row * kv_heads + kv_head) * head_dim + at % head_dim) =
+            make_uint2(to_bf16x2(sum.x * factor, sum.y * factor), to_bf16x2(sum.z * factor, sum.w * factor));
+    }
 }
 
 // Blocks a multiprocessor are what registers and shared memory allow.
@@ -371,16 +423,28 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, const bf16* dout, const bf16* q, c
                             window);                                                                                   \
     }                                                                                                                  \
     KERNEL __launch_bounds__(THREADS, BLOCKS) attention_backward_keys_##D(                                             \
-        bf16* dk, bf16* dv, const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* logsumexp,     \
-        const float* delta, const int4* tiles, const int4* visits, int heads, int kv_heads, float scale,               \
-        float softcap, int window) {                                                                                   \
-        backward_keys<D>(dk, dv, dout, q, k, v, logsumexp, delta, tiles, visits, heads, kv_heads, scale, softcap,      \
-                         window);                                                                                      \
+        bf16* dk, bf16* dv, float* partial, const bf16* dout, const bf16* q, const bf16* k, const bf16* v,             \
+        const float* logsumexp, const float* delta, const KeyTile* tiles, const int4* visits, int heads, int kv_heads, \
+        float scale, float softcap, int window) {                                                                      \
+        backward_keys<D>(dk, dv, partial, dout, q, k, v, logsumexp, delta, tiles, visits, heads, kv_heads, scale,      \
+                         softcap, window);                                                                             \
     }
 
+#if !defined(HEAD_DIM) || HEAD_DIM == 16
 BACKWARD(16, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 32
 BACKWARD(32, 4)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 64
 BACKWARD(64, 3)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 96
 BACKWARD(96, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 128
 BACKWARD(128, 2)
+#endif
+#if !defined(HEAD_DIM) || HEAD_DIM == 256
 BACKWARD(256, 1)
+#endif

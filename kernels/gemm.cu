@@ -8,7 +8,8 @@
 //   add_partials c (n) f32 += scale * the sum of partial (splits,n), in order
 //
 // The second pair carries LoRA: the sums go on over its depth, k2 = 0 for none. Matrices are row-major, rows `ld` values
-// apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to c.
+// apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to c. A sum goes
+// down its depth in steps of 16 whatever the tile: both sizes give the same bits, and the device may choose.
 //
 //   kernel                        grid                                    block  shared (static)
 //   gemm_nt, gemm_nt_f32, gemm_nn ceil(m/128) * ceil(n/128)               128    49,152
@@ -48,35 +49,88 @@ DEVICE void put_four(bf16* to, float4 x, int add) {
                              to_bf16x2(low_f32(old.y) + x.z, high_f32(old.y) + x.w));
 }
 
+// One factor of a tile: EXTENT of its rows (or columns) by DEPTH, in panels that lie along the depth or, DOWN, across it.
+template <int EXTENT, bool LEFT, bool DOWN> struct Side {
+    static constexpr int ROWS = DOWN ? DEPTH : EXTENT, COLS = DOWN ? EXTENT : DEPTH;
+    typedef Panel<ROWS, COLS> Block;
+    static constexpr int STEP = THREADS / Block::CHUNKS, TURNS = ROWS / STEP;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "a thread's chunks are exchanged alike");
+
+    // What this thread brings. Rows beyond the matrix's last are that one again: their sums are not stored.
+    const bf16* at;
+    int distances[TURNS];
+    int bytes;              // of a chunk, where it does not depend on the depth
+    int left;               // of the depth, from the thread's first value on
+
+    // Panels of `from` begin at `first` and reach from `depth` to `end`.
+    DEVICE void begin(const Operand& from, int first, int depth, int end) {
+        int row = threadIdx.x / Block::CHUNKS, col = threadIdx.x % Block::CHUNKS * 8;
+        bytes = DOWN ? 2 * max(0, min(8, from.cols - first - col)) : 16;
+        left = end - depth - (DOWN ? row : col);
+        int across = DOWN ? (bytes > 0 ? first + col : 0) : first;
+        at = from.at + (i64)(DOWN ? depth + row : across) * from.ld + (DOWN ? across : depth + col);
+#pragma unroll
+        for (int i = 0; i < TURNS; i++)
+            distances[i] = (DOWN ? i * STEP : min(row + i * STEP, from.rows - 1 - first)) * from.ld;
+    }
+
+    // Brings the next panel.
+    DEVICE void bring(bf16* panel, int ld) {
+        bf16* to = panel + Block::chunk_at(threadIdx.x / Block::CHUNKS, threadIdx.x % Block::CHUNKS);
+        int here = DOWN ? bytes : 2 * max(0, min(8, left));
+#pragma unroll
+        for (int i = 0; i < TURNS; i++)
+            copy_async(to + i * STEP * COLS, at + distances[i], !DOWN || i * STEP < left ? here : 0);
+        at += DOWN ? (i64)DEPTH * ld : DEPTH;
+        left -= DEPTH;
+    }
+
+    // The same value by value, for rows that are not aligned; `beyond` is the end across the depth.
+    DEVICE static void bring_slowly(bf16* panel, const bf16* from, int ld, int first, int beyond, int depth, int end) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < Block::SIZE; i += THREADS) {
+            int row = i / COLS, col = i % COLS;
+            int across = first + (DOWN ? col : row), down = depth + (DOWN ? row : col);
+            i64 place = DOWN ? (i64)down * ld + across : (i64)across * ld + down;
+            panel[Block::chunk_at(row, col / 8) + col % 8] = down < end && across < beyond ? from[place] : bf16{0};
+        }
+    }
+
+    // Where this lane's row of a factor's four squares begins in a panel, in bytes, for a warp that begins at `across`.
+    DEVICE static u32 lane_at(int across) {
+        int lane = threadIdx.x % WARP;
+        bool sixteen = LEFT != DOWN;
+        int row = sixteen ? lane % 16 : lane / 16 * 8 + lane % 8, chunk = sixteen ? lane / 16 : lane / 8 % 2;
+        return 2 * (DOWN ? Block::chunk_at(row, across / 8 + chunk) : Block::chunk_at(row, chunk) + across * COLS);
+    }
+
+    // The factor at (across,depth), counted from the warp's first; `lane` is where the lane's row of that lies. An
+    // exchange of chunks is an exclusive or, so that other chunks of the row are one too.
+    DEVICE static void factor(u32 (&squares)[4], u32 lane, int across, int depth) {
+        if (DOWN) load_matrices_transposed(squares, (lane ^ across * 2) + depth * COLS * 2);
+        else load_matrices(squares, (lane ^ depth * 2) + across * COLS * 2);
+    }
+};
+
 // The tile (M,N) of a product that a block computes.
 template <int M, int N, Layout LAYOUT> struct Tile {
     static constexpr bool A_DOWN = LAYOUT == TN, B_DOWN = LAYOUT != NT;
-    typedef Panel<A_DOWN ? DEPTH : M, A_DOWN ? M : DEPTH> A;
-    typedef Panel<B_DOWN ? DEPTH : N, B_DOWN ? N : DEPTH> B;
-    static constexpr int STAGE = A::SIZE + B::SIZE;
+    typedef Side<M, true, A_DOWN> A;
+    typedef Side<N, false, B_DOWN> B;
+    static constexpr int STAGE = A::Block::SIZE + B::Block::SIZE;
     static constexpr int ROWS = M / 32, COLS = N / 16;      // of a warp, in steps of an mma: 2 by 2 warps
 
     float sums[ROWS][COLS][4];
 
-    DEVICE void load(bf16* stage, const Operand& a, const Operand& b, int row, int col, int depth) {
-        A::template load<THREADS>(stage, a, A_DOWN ? depth : row, A_DOWN ? row : depth);
-        B::template load<THREADS>(stage + A::SIZE, b, B_DOWN ? depth : col, B_DOWN ? col : depth);
-    }
-
-    DEVICE void multiply(const bf16* stage) {
+    // One stage. `a_lane` and `b_lane` are where the lane's rows lie in it.
+    DEVICE void multiply(u32 a_lane, u32 b_lane) {
 #pragma unroll
         for (int depth = 0; depth < DEPTH; depth += 16) {
             u32 a[ROWS][4], b[COLS / 2][4];
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                if (A_DOWN) A::left_of_transposed(a[i], stage, row_of(i), depth);
-                else A::left(a[i], stage, row_of(i), depth);
-            }
+            for (int i = 0; i < ROWS; i++) A::factor(a[i], a_lane, i * 16, depth);
 #pragma unroll
-            for (int j = 0; j < COLS; j += 2) {
-                if (B_DOWN) B::right_of_transposed(b[j / 2], stage + A::SIZE, col_of(j), depth);
-                else B::right(b[j / 2], stage + A::SIZE, col_of(j), depth);
-            }
+            for (int j = 0; j < COLS; j += 2) B::factor(b[j / 2], b_lane, j * 8, depth);
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
 #pragma unroll
@@ -96,8 +150,17 @@ template <int M, int N, Layout LAYOUT> struct Tile {
             for (int j = 0; j < COLS; j++)
 #pragma unroll
                 for (int l = 0; l < 4; l++) sums[i][j][l] = 0.0f;
+        int m = A_DOWN ? a.cols : a.rows, n = B_DOWN ? b.cols : b.rows;
         int own = (to - from + DEPTH - 1) / DEPTH;
         int steps = own + (k2 + DEPTH - 1) / DEPTH;
+        bool a_aligned = a.aligned, b_aligned = b.aligned;
+        int a_ld = a.ld, b_ld = b.ld;
+        A left;
+        B right;
+        left.begin(a, row, from, to);
+        right.begin(b, col, from, to);
+        u32 a_lane = shared_address(stages) + A::lane_at(row_of(0));
+        u32 b_lane = shared_address(stages + A::Block::SIZE) + B::lane_at(col_of(0));
         int filled = 0, read = 0;
 #pragma unroll 1
         for (int step = 1 - STAGES; step < steps; step++) {
@@ -107,12 +170,25 @@ template <int M, int N, Layout LAYOUT> struct Tile {
                 __syncthreads();
             }
             int next = step + STAGES - 1;
-            if (next < own) load(stages + filled, a, b, row, col, from + next * DEPTH);
-            else if (next < steps) load(stages + filled, a2, b2, row, col, (next - own) * DEPTH);
+            if (next == own) {
+                left.begin(a2, row, 0, k2);
+                right.begin(b2, col, 0, k2);
+                a_aligned = a2.aligned, b_aligned = b2.aligned;
+                a_ld = a2.ld, b_ld = b2.ld;
+            }
+            if (next < steps) {
+                bf16* stage = stages + filled;
+                bool first = next < own;
+                int depth = first ? from + next * DEPTH : (next - own) * DEPTH, end = first ? to : k2;
+                if (a_aligned) left.bring(stage, a_ld);
+                else A::bring_slowly(stage, first ? a.at : a2.at, a_ld, row, m, depth, end);
+                if (b_aligned) right.bring(stage + A::Block::SIZE, b_ld);
+                else B::bring_slowly(stage + A::Block::SIZE, first ? b.at : b2.at, b_ld, col, n, depth, end);
+            }
             commit_copies();
             filled = filled == (STAGES - 1) * STAGE ? 0 : filled + STAGE;
             if (step < 0) continue;
-            multiply(stages + read);
+            multiply(a_lane + read * 2, b_lane + read * 2);
             read = read == (STAGES - 1) * STAGE ? 0 : read + STAGE;
         }
     }
@@ -139,15 +215,22 @@ template <int M, int N, Layout LAYOUT> struct Tile {
                 *(float2*)(line + 8 * LINE) = make_float2(sums[i][j][2], sums[i][j][3]);
             }
             __syncthreads();
-            int width = in_fours ? N / 4 : N;
+            if (in_fours) {
+#pragma unroll 4
+                for (int index = threadIdx.x; index < 32 * (N / 4); index += THREADS) {
+                    int line = index / (N / 4), within = index % (N / 4) * 4;
+                    int at_row = row + line / 16 * (M / 2) + i * 16 + line % 16;
+                    if (at_row >= m) continue;
+                    put_four(c + (i64)at_row * ldc + col + within, *(const float4*)(lines + line * LINE + within), add);
+                }
+            } else {
 #pragma unroll 1
-            for (int index = threadIdx.x; index < 32 * width; index += THREADS) {
-                int line = index / width, within = index % width;
-                int at_row = row + line / 16 * (M / 2) + i * 16 + line % 16;
-                if (at_row >= m) continue;
-                To* to = c + (i64)at_row * ldc + col;
-                if (in_fours) put_four(to + 4 * within, *(const float4*)(lines + line * LINE + 4 * within), add);
-                else if (col + within < n) put(to + within, lines[line * LINE + within], add);
+                for (int index = threadIdx.x; index < 32 * N; index += THREADS) {
+                    int line = index / N, within = index % N;
+                    int at_row = row + line / 16 * (M / 2) + i * 16 + line % 16;
+                    if (at_row < m && col + within < n)
+                        put(c + (i64)at_row * ldc + col + within, lines[line * LINE + within], add);
+                }
             }
         }
     }

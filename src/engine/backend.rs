@@ -47,6 +47,9 @@ pub enum BackendKind {
     /// Plain loops that round these factors.
     #[cfg(test)]
     Naive,
+    /// [`BackendKind::Cuda`] in the interpreter of PTX.
+    #[cfg(test)]
+    Simulated,
 }
 
 /// Where and how wide to compute.
@@ -72,6 +75,8 @@ impl Compute {
             BackendKind::CpuExact => Arc::new(Cpu::exact(self.threads)),
             #[cfg(test)]
             BackendKind::Naive => Arc::new(Reference::BF16),
+            #[cfg(test)]
+            BackendKind::Simulated => Arc::new(cuda::Cuda::new(cuda::simulator::Simulator::new())),
         })
     }
 }
@@ -85,7 +90,7 @@ pub fn numerics(kind: BackendKind) -> String {
         BackendKind::Cpu => format!("cpu:{}", cpu::numerics()),
         BackendKind::Cuda => unimplemented!(),
         #[cfg(test)]
-        BackendKind::CpuExact | BackendKind::Naive => {
+        BackendKind::CpuExact | BackendKind::Naive | BackendKind::Simulated => {
             unreachable!("BUG: no backend says that it is this kind")
         }
     }

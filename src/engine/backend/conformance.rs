@@ -2,9 +2,14 @@
 //! `Reference` over ragged shapes and all encodings, and against itself under other thread counts, bit for bit.
 //! A set that rounds factors may err twice as far as plain loops that round them.
 
+use std::cell::Cell;
+use std::sync::Arc;
+
+use half::bf16;
+
 use super::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Buffer, Cpu, LogitMap, Lora,
-    LoraGradient, Reference, RopeTable, Rotation, Span, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Compute,
+    Cpu, LogitMap, Lora, LoraGradient, Reference, RopeTable, Rotation, Span, Write,
 };
 use crate::matrix::{Bytes, Matrix, Values};
 use crate::quant::Nf4;
@@ -18,7 +23,8 @@ fn noise(seed: u64, len: usize) -> Buffer {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        let value = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+        if ROUNDED.get() { bf16::from_f32(value).to_f32() } else { value }
     };
     (0..len).map(|_| next()).collect()
 }
@@ -28,9 +34,41 @@ fn nines(len: usize) -> Buffer {
     vec![9.0; len].into()
 }
 
+thread_local! {
+    /// Whether noise is rounded to bfloat16.
+    static ROUNDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What an operation on a device may be off by, of the largest value: a few roundings to bfloat16 (2⁻⁹ each), for what
+/// it hands on to the next one is rounded as well.
+const DEVICE_TOLERANCE: f32 = 1.5e-2;
+
+/// Runs `operation`, which gives its outputs, on every backend.
+fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
+    check_on_hosts(what, tolerance, &operation);
+    check_on_device(what, &operation);
+}
+
+/// Runs `operation` on the reference and on a device, both from values that bfloat16 has; twice on the device.
+fn check_on_device(what: &str, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
+    ROUNDED.set(true);
+    let expected = operation(&Reference::EXACT);
+    let once = operation(&*simulated());
+    close(&format!("{what}, device"), DEVICE_TOLERANCE, &once, &expected);
+    assert!(
+        bits(&once) == bits(&operation(&*simulated())),
+        "{what}: a device gives other bits the second time"
+    );
+    ROUNDED.set(false);
+}
+
+fn simulated() -> Arc<dyn Backend> {
+    Compute { kind: BackendKind::Simulated, threads: 1 }.backend().unwrap()
+}
+
 /// Runs `operation`, which gives its outputs, on the reference and, for every instruction set of this CPU, on
 /// `Cpu` with 1, 2 and 3 threads.
-fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
+fn check_on_hosts(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
     let expected = operation(&Reference::EXACT);
     let mut bits_by_set = Vec::new();
     for (set, cpu) in Cpu::all(1) {
@@ -88,11 +126,11 @@ fn within_twice_naive(what: &str, tolerance: f32, got: &[Buffer], naive: &[Buffe
 
 fn encodings(rows: usize, cols: usize) -> [(&'static str, Matrix); 4] {
     let values = noise(1, rows * cols);
-    let bf16 = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
+    let narrow = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
     let f16 = values.iter().flat_map(|value| half::f16::from_f32(*value).to_le_bytes()).collect();
     [
         ("f32", Matrix::from_f32(rows, cols, &values)),
-        ("bf16", Matrix { rows, cols, values: Values::Bf16(Bytes::owned(bf16)) }),
+        ("bf16", Matrix { rows, cols, values: Values::Bf16(Bytes::owned(narrow)) }),
         ("f16", Matrix { rows, cols, values: Values::F16(Bytes::owned(f16)) }),
         ("nf4", Matrix { rows, cols, values: Values::Nf4(Nf4::encode(&values)) }),
     ]
@@ -287,6 +325,9 @@ fn rotation_and_back() {
     });
 }
 
+/// Head dimensions that a device has kernels for.
+const DEVICE_HEADS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+
 /// Plain attention, a window, a cap, and all at once with a scale that is not 1 / sqrt(D).
 fn attention_kinds(shape: AttentionShape<'_>) -> [AttentionShape<'_>; 4] {
     [
@@ -311,7 +352,7 @@ fn sharing(shared: usize, lengths: &[usize]) -> (Vec<Span>, usize) {
 #[test]
 fn attention_and_its_backward() {
     // Tokens of a common beginning, and of each sequence by itself.
-    let cases: [(usize, &[usize], usize, usize, usize); 7] = [
+    let cases: [(usize, &[usize], usize, usize, usize); 9] = [
         (0, &[1], 1, 1, 2),
         (0, &[3, 1, 70], 4, 2, 6),
         (0, &[130], 9, 3, 64),
@@ -319,6 +360,8 @@ fn attention_and_its_backward() {
         (1, &[1, 2], 2, 2, 2),
         (15, &[3, 1, 70], 4, 2, 6),
         (70, &[130, 1, 64], 6, 2, 17),
+        (70, &[130, 1, 64], 6, 2, 32),
+        (3, &[65], 4, 4, 16),
     ];
     for (shared, lengths, heads, kv_heads, head_dim) in cases {
         let (spans, tokens) = sharing(shared, lengths);
@@ -328,7 +371,7 @@ fn attention_and_its_backward() {
         for shape in attention_kinds(plain) {
             let (window, softcap) = (shape.window, shape.softcap);
             let what = format!("{shared} {lengths:?} {heads}/{kv_heads}x{head_dim} {window:?} {softcap:?}");
-            check(&format!("attention {what}"), 2e-5, |backend| {
+            let operation = |backend: &dyn Backend| {
                 let (width, kv_width) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
                 let (q, k, v) = (noise(1, width), noise(2, kv_width), noise(3, kv_width));
                 let (mut out, mut logsumexp) = (nines(width), nines(tokens * heads));
@@ -338,7 +381,11 @@ fn attention_and_its_backward() {
                 let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &out, logsumexp: &logsumexp };
                 backend.attention_backward(gradient, &noise(4, width), &saved, &shape, &mut Vec::new());
                 vec![out, logsumexp, dq, dk, dv]
-            });
+            };
+            check_on_hosts(&format!("attention {what}"), 2e-5, operation);
+            if DEVICE_HEADS.contains(&head_dim) {
+                check_on_device(&format!("attention {what}"), operation);
+            }
         }
     }
 }
@@ -360,7 +407,7 @@ fn attention_over_a_cache() {
         spans: &spans,
     };
     for shape in attention_kinds(plain) {
-        check(&format!("cached attention {:?}", shape.window), 1e-5, |backend| {
+        check_on_hosts(&format!("cached attention {:?}", shape.window), 1e-5, |backend| {
             let (q, k, v) = (noise(1, 72 * 24), noise(2, 120 * 12), noise(3, 120 * 12));
             let (mut out, mut logsumexp) = (nines(72 * 24), nines(72 * 4));
             backend.attention(&mut out, &mut logsumexp, &q, &k, &v, &shape);

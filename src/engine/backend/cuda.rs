@@ -27,6 +27,8 @@ mod nvrtc;
 mod operand;
 mod program;
 mod recurrent;
+#[cfg(test)]
+pub(crate) mod simulator;
 
 pub(crate) use device::DeviceBuffer;
 pub use operand::DeviceMatrix;

@@ -59,8 +59,11 @@ pub struct Fault {
     pub ptx_line: u32,
     /// The PTX instruction.
     pub instruction: String,
-    /// The file and the line of the source, if it was compiled with `-lineinfo`.
+    /// The file and the line of the source, if it was compiled with `-lineinfo`; of a function that the compiler has
+    /// put in the place of its call, the call.
     pub source: Option<(String, u32)>,
+    /// The file and the line inside that function.
+    pub inlined: Option<(String, u32)>,
     pub block: [u32; 3],
     pub warp: u32,
     pub lane: Option<u32>,
@@ -68,6 +71,23 @@ pub struct Fault {
 }
 
 impl Fault {
+    /// A launch that did not begin.
+    pub(crate) fn before_launch(kind: FaultKind, kernel: &str, detail: String) -> Self {
+        Self {
+            kind,
+            detail,
+            kernel: kernel.to_owned(),
+            ptx_line: 0,
+            instruction: String::new(),
+            source: None,
+            inlined: None,
+            block: [0; 3],
+            warp: 0,
+            lane: None,
+            address: None,
+        }
+    }
+
     /// The line of the source, 0 if it is not known.
     pub fn source_line(&self) -> u32 {
         self.source.as_ref().map_or(0, |source| source.1)
@@ -83,6 +103,9 @@ impl fmt::Display for Fault {
         if let Some((file, line)) = &self.source {
             write!(f, ", {file}:{line}")?;
         }
+        if let Some((file, line)) = &self.inlined {
+            write!(f, " (there {file}:{line})")?;
+        }
         write!(f, ", PTX line {} `{}`", self.ptx_line, self.instruction)?;
         write!(f, ", block {:?}, warp {}", self.block, self.warp)?;
         if let Some(lane) = self.lane {
@@ -96,3 +119,30 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
+
+/// A mistake whose instruction is not named yet.
+#[derive(Debug)]
+pub(crate) struct Mistake(pub(crate) Box<Details>);
+
+#[derive(Debug)]
+pub(crate) struct Details {
+    pub(crate) kind: FaultKind,
+    pub(crate) detail: String,
+    pub(crate) lane: Option<u32>,
+    pub(crate) address: Option<u64>,
+}
+
+impl Mistake {
+    pub(crate) fn new(kind: FaultKind, detail: impl Into<String>) -> Self {
+        Self(Box::new(Details { kind, detail: detail.into(), lane: None, address: None }))
+    }
+
+    pub(crate) fn at(kind: FaultKind, address: u64, detail: impl Into<String>) -> Self {
+        Self(Box::new(Details { kind, detail: detail.into(), lane: None, address: Some(address) }))
+    }
+
+    pub(crate) fn in_lane(mut self, lane: usize) -> Self {
+        self.0.lane = Some(lane as u32);
+        self
+    }
+}

@@ -1,14 +1,19 @@
 //! The kernels of `kernels/`, compiled by NVRTC and run by the interpreter: one binary, a module a file of kernels.
 
 mod harness;
+mod planted;
 
 mod kernels {
+    mod attention;
+    mod attention_backward;
+    mod conv;
     mod convert;
+    mod embed;
+    mod entropy;
     mod gemm;
+    mod glu;
     mod lora;
     mod nf4;
-    mod conv;
-    mod glu;
     mod noise;
     mod norm;
     mod orders;
@@ -16,8 +21,8 @@ mod kernels {
     mod rows;
     mod scan;
     mod scan_case;
-    mod attention;
-    mod attention_backward;
+    mod optimizer;
+    mod scan_chunks;
     mod shared;
     mod spans;
 }

