@@ -20,7 +20,9 @@ use crate::random::mix;
 
 mod attention;
 mod device;
+mod driver;
 mod entropy;
+mod found;
 mod library;
 mod linear;
 mod nvrtc;

@@ -31,11 +31,12 @@ macro_rules! files {
 
 /// Names without `.cu`, and contents.
 static SOURCES: &[(&str, &str)] = files!(".cu":
-    "attention" "attention_backward" "conv" "convert" "gemm" "glu" "lora" "nf4" "noise" "norm" "rope" "rows" "scan"
+    "attention" "attention_backward" "conv" "convert" "embed" "entropy" "gemm" "glu" "lora" "nf4" "noise" "norm"
+    "optimizer" "rope" "rows" "scan" "scan_chunks" "scan_gradients"
 );
 /// Names without `.cuh`, and contents.
 static HEADERS: &[(&str, &str)] = files!(".cuh":
-    "attention" "common" "eight" "panel" "scan" "span"
+    "attention" "chunk" "common" "eight" "panel" "scan" "span"
 );
 static PORTABLE: &str = include_str!("../../../../kernels/portable.ptx");
 
