@@ -81,8 +81,8 @@ impl Driver {
             progress: Mutex::default(),
         };
         driver.bind().map_err(|error| worded("cuCtxSetCurrent", error))?;
-        driver.stream =
-            stream::create(stream::StreamKind::NonBlocking).map_err(|error| worded("cuStreamCreate", error))?;
+        driver.stream = stream::create(stream::StreamKind::NonBlocking)
+            .map_err(|error| worded("cuStreamCreate", error))?;
         driver.pool = driver.growing_pool();
         Ok(driver)
     }
@@ -120,12 +120,7 @@ impl Driver {
         Ok(self)
     }
 
-    fn load(
-        &self,
-        program: &Program,
-        compiler: Option<&Compiler>,
-        kept: &Kept,
-    ) -> Result<Loaded, CudaError> {
+    fn load(&self, program: &Program, compiler: Option<&Compiler>, kept: &Kept) -> Result<Loaded, CudaError> {
         self.bind().map_err(|error| worded("cuCtxSetCurrent", error))?;
         let code = compiler.map(|compiler| program.cubin(compiler, &self.architecture, kept));
         let module = match code {
@@ -298,13 +293,16 @@ impl Device for Driver {
 
     fn launch(&self, kernel: &'static str, launch: Launch, args: &[Arg]) {
         let Some(&handle) = self.kernels.get(kernel) else {
-            let failure =
-                DeviceError::Failed { call: format!("`{kernel}`"), why: "no file has this kernel".to_owned() };
+            let failure = DeviceError::Failed {
+                call: format!("`{kernel}`"),
+                why: "no file has this kernel".to_owned(),
+            };
             self.progress().failure.get_or_insert(failure);
             return;
         };
         let mut values: Vec<u64> = args.iter().map(bits).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (&raw mut *value).cast()).collect();
+        let mut pointers: Vec<*mut c_void> =
+            values.iter_mut().map(|value| (&raw mut *value).cast()).collect();
         let [x, y, z] = launch.grid;
         self.attempt(kernel, || {
             if launch.shared > SHARED_UNASKED {
