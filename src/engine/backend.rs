@@ -26,8 +26,8 @@ mod host;
 mod memory;
 mod reference;
 
-pub use cpu::{Cpu, NoSuchSet, check_instruction_set};
-pub use cuda::DeviceMatrix;
+pub use cpu::{Cpu, NoSuchSet, check_instruction_set, instruction_sets};
+pub use cuda::{CudaError, DeviceMatrix, Gpu, NvrtcError, Toolkit, cuda_version, keep_kernels_in};
 pub use host::Dropped;
 pub use memory::{Buffer, Precision};
 pub use reference::Reference;
@@ -59,18 +59,49 @@ pub struct Compute {
     pub kind: BackendKind,
     /// Threads of the `Cpu` backend; 0 means 1. Changes no result.
     pub threads: usize,
+    /// Which GPU of the `Cuda` backend, counted from 0.
+    pub device: usize,
+}
+
+/// Why there is no such backend here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    #[error(transparent)]
+    InstructionSet(#[from] NoSuchSet),
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+}
+
+impl BackendError {
+    /// What to do next.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::InstructionSet(_) => "unset `TUNESMITH_CPU`: the fastest set is then taken",
+            Self::Cuda(error) => error.hint(),
+        }
+    }
 }
 
 impl Compute {
+    /// The fast path on a CPU.
+    pub const fn cpu(threads: usize) -> Self {
+        Self { kind: BackendKind::Cpu, threads, device: 0 }
+    }
+
+    /// An NVIDIA GPU.
+    pub const fn cuda(device: usize) -> Self {
+        Self { kind: BackendKind::Cuda, threads: 0, device }
+    }
+
     /// The backend this describes.
     ///
     /// # Errors
-    /// `TUNESMITH_CPU` names an instruction set that this CPU lacks.
-    pub fn backend(&self) -> Result<Arc<dyn Backend>, NoSuchSet> {
+    /// `TUNESMITH_CPU` names an instruction set that this CPU lacks, or the GPU cannot be used.
+    pub fn backend(&self) -> Result<Arc<dyn Backend>, BackendError> {
         Ok(match self.kind {
             BackendKind::Reference => Arc::new(Reference::EXACT),
             BackendKind::Cpu => Arc::new(Cpu::new(self.threads)?),
-            BackendKind::Cuda => unimplemented!(),
+            BackendKind::Cuda => Arc::new(cuda::Cuda::open(self.device)?),
             #[cfg(test)]
             BackendKind::CpuExact => Arc::new(Cpu::exact(self.threads)),
             #[cfg(test)]
@@ -79,20 +110,17 @@ impl Compute {
             BackendKind::Simulated => Arc::new(cuda::Cuda::new(cuda::simulator::Simulator::new())),
         })
     }
-}
 
-/// The numerics class of a backend in this process: results of one class are equal bit for bit. Of `Cpu`,
-/// `cpu:fma-f32.N` (AVX2, AVX-512), `cpu:amx-bf16.N` (AMX, factors rounded), `cpu:neon-f32.N` or
-/// `cpu:portable-f32.N`; `TUNESMITH_CPU` chooses among those that the CPU has.
-pub fn numerics(kind: BackendKind) -> String {
-    match kind {
-        BackendKind::Reference => "reference:f32".to_owned(),
-        BackendKind::Cpu => format!("cpu:{}", cpu::numerics()),
-        BackendKind::Cuda => unimplemented!(),
-        #[cfg(test)]
-        BackendKind::CpuExact | BackendKind::Naive | BackendKind::Simulated => {
-            unreachable!("BUG: no backend says that it is this kind")
-        }
+    /// What [`Backend::numerics`] will say, without making the backend.
+    ///
+    /// # Errors
+    /// As [`Compute::backend`], as far as can be told.
+    pub fn numerics(&self) -> Result<String, BackendError> {
+        Ok(match self.kind {
+            BackendKind::Cpu => cpu::numerics()?,
+            BackendKind::Cuda => cuda::numerics(&Gpu::of(self.device)?.architecture()),
+            _ => self.backend()?.numerics(),
+        })
     }
 }
 
@@ -309,6 +337,11 @@ pub struct ScanGradient<'a> {
 pub trait Backend: Debug + Send + Sync {
     /// Which implementation this is.
     fn kind(&self) -> BackendKind;
+
+    /// The numerics class: results of one class are equal bit for bit. Of `Cpu`, `cpu:fma-f32.N` (AVX2, AVX-512),
+    /// `cpu:amx-bf16.N` (AMX, factors rounded), `cpu:neon-f32.N` or `cpu:portable-f32.N`; `TUNESMITH_CPU` chooses
+    /// among those that the CPU has. Of `Cuda`, `cuda:sm_90-bf16.N`.
+    fn numerics(&self) -> String;
 
     /// Runs `work` where this backend's operations start cheapest (inside its thread pool).
     fn enter(&self, work: &mut (dyn FnMut() + Send));

@@ -50,7 +50,7 @@ use noise::RowNoise;
 pub enum ModelError {
     /// The environment asks for a backend that is not here.
     #[error(transparent)]
-    Backend(#[from] crate::backend::NoSuchSet),
+    Backend(#[from] crate::backend::BackendError),
     /// The checkpoint cannot be read, or lacks a tensor.
     #[error(transparent)]
     Format(#[from] crate::format::FormatError),
@@ -138,7 +138,7 @@ impl Model {
 
     /// The numerics class: results of one class are equal bit for bit.
     pub fn numerics(&self) -> String {
-        crate::backend::numerics(self.backend.kind())
+        self.backend.numerics()
     }
 
     /// The kind of backend that computes.

@@ -16,7 +16,7 @@ fn folder() -> PathBuf {
 
 fn models() -> [Model; 2] {
     [BackendKind::Reference, BackendKind::CpuExact]
-        .map(|kind| Model::open(&folder(), &Compute { kind, threads: 2 }).unwrap())
+        .map(|kind| Model::open(&folder(), &Compute { kind, ..Compute::cpu(2) }).unwrap())
 }
 
 struct Golden(Vec<u8>);

@@ -63,7 +63,7 @@ fn check_on_device(what: &str, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) 
 }
 
 fn simulated() -> Arc<dyn Backend> {
-    Compute { kind: BackendKind::Simulated, threads: 1 }.backend().unwrap()
+    Compute { kind: BackendKind::Simulated, ..Compute::cpu(1) }.backend().unwrap()
 }
 
 /// Runs `operation`, which gives its outputs, on the reference and, for every instruction set of this CPU, on

@@ -70,9 +70,21 @@ pub fn check_instruction_set() -> Result<(), NoSuchSet> {
     Kernel::chosen().map(|_| ())
 }
 
-/// The numerics class of the products in this process. A set that is not here has none: no backend is made for it.
-pub(super) fn numerics() -> String {
-    Kernel::chosen().map_or_else(|missing| missing.to_string(), |kernel| kernel.numerics().to_owned())
+/// The instruction sets of this CPU, the slowest first, and the one whose products are taken.
+///
+/// # Errors
+/// As [`check_instruction_set`].
+pub fn instruction_sets() -> Result<(Vec<&'static str>, &'static str), NoSuchSet> {
+    Ok((Kernel::here().into_iter().map(Kernel::name).collect(), Kernel::chosen()?.name()))
+}
+
+/// The numerics class of the backend in this process.
+pub(super) fn numerics() -> Result<String, NoSuchSet> {
+    Ok(named(Kernel::chosen()?))
+}
+
+fn named(kernel: Kernel) -> String {
+    format!("cpu:{}", kernel.numerics())
 }
 
 impl Cpu {
@@ -141,6 +153,10 @@ impl Cpu {
 impl Backend for Cpu {
     fn kind(&self) -> BackendKind {
         BackendKind::Cpu
+    }
+
+    fn numerics(&self) -> String {
+        named(self.kernel)
     }
 
     fn enter(&self, work: &mut (dyn FnMut() + Send)) {

@@ -20,17 +20,24 @@ use crate::random::mix;
 
 mod attention;
 mod device;
+mod driver;
 mod entropy;
+mod found;
 mod library;
 mod linear;
 mod nvrtc;
 mod operand;
+mod program;
 mod recurrent;
+mod toolkit;
 #[cfg(test)]
 pub(crate) mod simulator;
 
 pub(crate) use device::DeviceBuffer;
+pub use found::{CudaError, Gpu, cuda_version};
 pub use operand::DeviceMatrix;
+pub use program::keep_kernels_in;
+pub use toolkit::{NvrtcError, Toolkit};
 
 use Precision::{Exact, Rounded};
 use device::{Arg, Device, Launch};
@@ -46,7 +53,20 @@ pub(crate) struct Cuda {
     decoded: Mutex<DeviceBuffer>,
 }
 
+/// The numerics class of devices of an architecture. The number is raised with every change of bits.
+pub(super) fn numerics(architecture: &str) -> String {
+    format!("cuda:{architecture}-bf16.1")
+}
+
 impl Cuda {
+    /// The backend on the GPU `ordinal`.
+    ///
+    /// # Errors
+    /// The GPU cannot be used.
+    pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
+        Ok(Self::new(Arc::new(driver::Driver::open(ordinal)?)))
+    }
+
     pub(crate) fn new(device: Arc<dyn Device>) -> Self {
         let decoded = Mutex::new(DeviceBuffer::new(&device, 0, Rounded));
         Self { device, lists: Mutex::default(), decoded }
@@ -113,6 +133,10 @@ impl Cuda {
 impl Backend for Cuda {
     fn kind(&self) -> BackendKind {
         BackendKind::Cuda
+    }
+
+    fn numerics(&self) -> String {
+        numerics(&self.device.architecture())
     }
 
     fn enter(&self, work: &mut (dyn FnMut() + Send)) {

@@ -64,6 +64,10 @@ impl Backend for Reference {
         BackendKind::Reference
     }
 
+    fn numerics(&self) -> String {
+        "reference:f32".to_owned()
+    }
+
     fn enter(&self, work: &mut (dyn FnMut() + Send)) {
         work();
     }

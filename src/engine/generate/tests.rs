@@ -11,7 +11,7 @@ use crate::random::Random;
 
 static MODEL: LazyLock<Model> = LazyLock::new(|| {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama");
-    Model::open(&golden, &Compute { kind: BackendKind::Cpu, threads: 2 }).unwrap()
+    Model::open(&golden, &Compute::cpu(2)).unwrap()
 });
 
 /// Prompts of 1 to 20 random tokens.

@@ -25,13 +25,13 @@ mod variants;
 
 use configs::{odd_config, odd_configs};
 
-const REFERENCE: Compute = Compute { kind: BackendKind::Reference, threads: 1 };
+const REFERENCE: Compute = Compute { kind: BackendKind::Reference, ..Compute::cpu(1) };
 /// In f32 even where the CPU has faster products of rounded factors: golden values are f32.
-const CPU: Compute = Compute { kind: BackendKind::CpuExact, threads: 2 };
+const CPU: Compute = Compute { kind: BackendKind::CpuExact, ..Compute::cpu(2) };
 /// As a user's run.
-const FASTEST: Compute = Compute { kind: BackendKind::Cpu, threads: 2 };
+const FASTEST: Compute = Compute::cpu(2);
 /// Plain loops that round factors.
-const NAIVE: Compute = Compute { kind: BackendKind::Naive, threads: 1 };
+const NAIVE: Compute = Compute { kind: BackendKind::Naive, ..Compute::cpu(1) };
 
 /// The golden models, one a family.
 const GOLDEN: [&str; 9] =

@@ -214,7 +214,7 @@ mod tests {
 
     fn model() -> Model {
         let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama");
-        Model::open(&golden, &Compute { kind: BackendKind::Cpu, threads: 1 }).unwrap()
+        Model::open(&golden, &Compute::cpu(1)).unwrap()
     }
 
     fn lora() -> LoraConfig {

@@ -20,7 +20,7 @@ fn golden(path: &str) -> PathBuf {
 }
 
 fn model(threads: usize) -> Model {
-    Model::open(&golden("llama"), &Compute { kind: BackendKind::CpuExact, threads }).unwrap()
+    Model::open(&golden("llama"), &Compute { kind: BackendKind::CpuExact, ..Compute::cpu(threads) }).unwrap()
 }
 
 static MODEL: LazyLock<Model> = LazyLock::new(|| model(1));

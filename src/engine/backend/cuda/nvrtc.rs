@@ -83,14 +83,14 @@ pub(crate) struct Compiler {
     architectures: Vec<u32>,
 }
 
-/// A source and the header it may include.
+/// A source and the headers it may include.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Text<'a> {
     /// Of the file, for messages and line tables; changes no code.
     pub(crate) name: &'a str,
     pub(crate) source: &'a str,
-    /// Name and content.
-    pub(crate) header: (&'a str, &'a str),
+    /// Names and contents.
+    pub(crate) headers: &'a [(&'a str, &'a str)],
 }
 
 impl Compiler {
@@ -132,7 +132,7 @@ impl Compiler {
         };
         compiler.architectures = compiler.known_architectures()?;
         let oldest = compiler.architectures.first().ok_or("it compiles for no device")?;
-        let probe = Text { name: "probe.cu", source: PROBE, header: ("none.cuh", "") };
+        let probe = Text { name: "probe.cu", source: PROBE, headers: &[] };
         let ptx = compiler
             .run(probe, &options(&format!("sm_{oldest}"), &[]), |program| compiler.text_of_ptx(program))?;
         let lines = ptx.lines().filter(|line| line.contains("Build ID") || line.contains("release "));
@@ -168,7 +168,9 @@ impl Compiler {
         architecture: &str,
         extra: &[&str],
     ) -> Result<String, NvrtcError> {
-        self.compile(text, architecture, extra, |program| self.text_of_ptx(program))
+        // For a virtual architecture NVRTC stops there, and no machine code is made for nothing.
+        let virtual_one = architecture.replace("sm_", "compute_");
+        self.compile(text, &virtual_one, extra, |program| self.text_of_ptx(program))
     }
 
     /// The machine code of `text` for `architecture`.
@@ -193,8 +195,8 @@ impl Compiler {
         extra: &[&str],
         take: impl FnOnce(Program) -> Result<T, String>,
     ) -> Result<T, NvrtcError> {
-        let number =
-            architecture.trim_start_matches("sm_").trim_end_matches(|letter: char| !letter.is_ascii_digit());
+        let number = architecture.split('_').next_back().unwrap_or_default();
+        let number = number.trim_end_matches(|letter: char| !letter.is_ascii_digit());
         if !self.architectures.iter().any(|known| known.to_string() == number) {
             let (version, architecture) = (self.version.clone(), architecture.to_owned());
             return Err(NvrtcError::Architecture { version, architecture });
@@ -215,25 +217,24 @@ impl Compiler {
     ) -> Result<T, String> {
         let c_string = |text: &str| CString::new(text).map_err(|error| error.to_string());
         let (source, name) = (c_string(text.source)?, c_string(text.name)?);
-        let (header_name, header) = (c_string(text.header.0)?, c_string(text.header.1)?);
-        let options = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;
-        let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-        let (headers, header_names) = ([header.as_ptr()], [header_name.as_ptr()]);
+        let headers = CStrings::new(text.headers.iter().map(|header| header.1))?;
+        let header_names = CStrings::new(text.headers.iter().map(|header| header.0))?;
+        let options = CStrings::new(options.iter().map(String::as_str))?;
         let mut program: Program = null_mut();
-        // SAFETY: the texts end in NUL and live to the end of this function, there is one header as said, and the
-        // program is written before it is read.
+        // SAFETY: the texts end in NUL and live to the end of this function, there are as many headers as said, and
+        // the program is written before it is read.
         self.check(unsafe {
             (self.calls.create)(
                 &raw mut program,
                 source.as_ptr(),
                 name.as_ptr(),
-                1,
-                headers.as_ptr(),
-                header_names.as_ptr(),
+                headers.count(),
+                headers.pointers.as_ptr(),
+                header_names.pointers.as_ptr(),
             )
         })?;
         // SAFETY: the program was created above; there are as many options as said, and they outlive the call.
-        let status = unsafe { (self.calls.compile)(program, pointers.len() as c_int, pointers.as_ptr()) };
+        let status = unsafe { (self.calls.compile)(program, options.count(), options.pointers.as_ptr()) };
         let taken = self.check(status).and_then(|()| take(program)).map_err(|error| {
             let log =
                 self.bytes(program, self.calls.log_size, self.calls.log).map(text_of).unwrap_or_default();
@@ -300,6 +301,24 @@ impl Calls {
     }
 }
 
+/// Texts for a C call.
+struct CStrings {
+    pointers: Vec<*const c_char>,
+    _texts: Vec<CString>,
+}
+
+impl CStrings {
+    fn new<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Self, String> {
+        let texts: Vec<CString> =
+            texts.map(CString::new).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        Ok(Self { pointers: texts.iter().map(|text| text.as_ptr()).collect(), _texts: texts })
+    }
+
+    fn count(&self) -> c_int {
+        self.pointers.len() as c_int
+    }
+}
+
 /// All options of a compilation for `architecture`.
 pub(super) fn options(architecture: &str, extra: &[&str]) -> Vec<String> {
     let target = format!("--gpu-architecture={architecture}");
@@ -327,21 +346,19 @@ fn text_of(mut bytes: Vec<u8>) -> String {
 mod tests {
     use super::*;
 
-    const NONE: (&str, &str) = ("none.cuh", "");
-
-    fn text<'a>(source: &'a str, header: (&'a str, &'a str)) -> Text<'a> {
-        Text { name: "one.cu", source, header }
+    fn text<'a>(source: &'a str, headers: &'a [(&'a str, &'a str)]) -> Text<'a> {
+        Text { name: "one.cu", source, headers }
     }
 
     #[test]
     fn source_becomes_ptx_and_machine_code_with_a_header_from_memory() {
         let compiler = Compiler::found().unwrap();
-        let header = ("one.cuh", "constexpr int ONE = 1;");
+        let header = [("one.cuh", "constexpr int ONE = 1;")];
         let source = "#include \"one.cuh\"\nextern \"C\" __global__ void one(int* x) { *x = ONE; }";
-        let ptx = compiler.ptx(text(source, header), "sm_80", &[LINES]).unwrap();
+        let ptx = compiler.ptx(text(source, &header), "sm_80", &[LINES]).unwrap();
         assert!(ptx.contains(".visible .entry one(") && ptx.contains(".target sm_80"), "{ptx}");
         assert!(ptx.contains("one.cu"), "line tables name the file: {ptx}");
-        let code = |name| compiler.cubin(Text { name, ..text(source, header) }, "sm_90a", &[]).unwrap();
+        let code = |name| compiler.cubin(Text { name, ..text(source, &header) }, "sm_90a", &[]).unwrap();
         assert_eq!(&code("one.cu")[1..4], b"ELF");
         assert_eq!(code("one.cu"), code("two.cu"), "a name changes no code");
     }
@@ -355,14 +372,14 @@ mod tests {
 
     #[test]
     fn refused_source_is_named_with_the_compilers_words() {
-        let refused = Compiler::found().unwrap().ptx(text("void f( {", NONE), "sm_80", &[]).unwrap_err();
+        let refused = Compiler::found().unwrap().ptx(text("void f( {", &[]), "sm_80", &[]).unwrap_err();
         let NvrtcError::Source { name, log, .. } = &refused else { panic!("{refused}") };
         assert!(name == "one.cu" && log.contains("one.cu(1): error"), "{log}");
     }
 
     #[test]
     fn unknown_architecture_is_no_fault_of_the_source() {
-        let refused = Compiler::found().unwrap().cubin(text(PROBE, NONE), "sm_999", &[]).unwrap_err();
+        let refused = Compiler::found().unwrap().cubin(text(PROBE, &[]), "sm_999", &[]).unwrap_err();
         assert!(refused.to_string().ends_with("cannot compile for sm_999"), "{refused}");
     }
 

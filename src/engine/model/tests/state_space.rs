@@ -182,7 +182,7 @@ fn a_run_with_constants_goes_on_from_its_checkpoint_whatever_the_threads() {
         ..TrainOptions::new(config(4))
     };
     let run = |threads: usize, options: &TrainOptions| {
-        let model = super::model(HYBRID, &Compute { kind: BackendKind::Cpu, threads });
+        let model = super::model(HYBRID, &Compute::cpu(threads));
         let trained = train(&model, &rows, &[], options, &mut ()).unwrap().adapter;
         let before = model.state_spaces();
         assert!(trained.state_spaces().iter().zip(&before).all(|(after, before)| after.skip != before.skip));

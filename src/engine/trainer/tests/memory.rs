@@ -96,7 +96,7 @@ fn write_middle_model(folder: &std::path::Path) {
 #[ignore = "run in a process of its own by the test below"]
 fn one_step_in_a_process_of_its_own() {
     let Some(folder) = std::env::var_os("TUNESMITH_TEST_MODEL") else { return };
-    let threads = Compute { kind: BackendKind::Cpu, threads: 2 };
+    let threads = Compute::cpu(2);
     let model = Model::open(std::path::Path::new(&folder), &threads).unwrap();
     let mut random = Random::new(&[4]);
     let rows: Vec<TokenizedExample> = (0..4)
