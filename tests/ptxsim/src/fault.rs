@@ -59,10 +59,10 @@ pub struct Fault {
     pub ptx_line: u32,
     /// The PTX instruction.
     pub instruction: String,
-    /// The file and the line of the source, if it was compiled with `-lineinfo`; of a function that the compiler has
-    /// put in the place of its call, the call.
+    /// The kernel's file and the line in it, if it was compiled with `-lineinfo`; for a function of a header that the
+    /// compiler has put in the place of its call, the line of the call.
     pub source: Option<(String, u32)>,
-    /// The file and the line inside that function.
+    /// The header and the line inside that function.
     pub inlined: Option<(String, u32)>,
     pub block: [u32; 3],
     pub warp: u32,
