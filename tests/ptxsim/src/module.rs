@@ -15,7 +15,7 @@ pub struct Module {
 }
 
 /// A source file and a line in it.
-type Source = Option<(String, u32)>;
+type Source = Option<(Box<str>, u32)>;
 
 impl Module {
     /// Reads PTX as NVRTC emits it. An instruction that the interpreter does not know is no error here: it faults when
@@ -56,7 +56,7 @@ impl Module {
         let Some(place) = place else { return (None, None) };
         let name = |(file, line): (u32, u32)| {
             let path = self.files.get(&file).cloned().unwrap_or_else(|| format!("file {file}"));
-            Some((path, line))
+            Some((path.into(), line))
         };
         let is_inlined = place.own != place.in_kernel_file;
         (name(place.in_kernel_file), name(place.own).filter(|_| is_inlined))

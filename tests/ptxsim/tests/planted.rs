@@ -43,7 +43,7 @@ fn run(source: &str, order: Order) -> Outcome {
     let Arg::Pointer(c) = arguments[0] else { unreachable!() };
     let value = |column: usize, depth: usize| {
         let byte = codes[(column * DEPTH + depth) / 2];
-        table[usize::from(if depth % 2 == 0 { byte >> 4 } else { byte & 15 })]
+        table[usize::from([byte >> 4, byte & 15][depth % 2])]
     };
     let expected = (0..ROWS * COLUMNS)
         .map(|at| {

@@ -85,9 +85,10 @@ fn warps_race_without_a_barrier() {
     assert_eq!(fault.warp, 1);
     // Warp 0 has read what warp 1 then writes.
     let written = format!(
-        "{address} st.shared.u32 [%r1], %t; bar.sync 0; ld.shared.u32 %r3, [%r2]; st.shared.u32 [%r1], %r3;"
+        "{address} st.shared.u32 [%r1], %t; bar.sync 0; setp.lt.u32 %p0, %t, 32;
+         @%p0 ld.shared.u32 %r3, [%r2]; @!%p0 st.shared.u32 [%r1], 99;"
     );
-    faults(&written, 64, FaultKind::SharedRace, "st.shared.u32 [%r1], %r3");
+    faults(&written, 64, FaultKind::SharedRace, "st.shared.u32 [%r1], 99");
     // Both write the same place: other values race, the same do not.
     faults("st.shared.u32 [box], %t;", 64, FaultKind::SharedRace, "st.shared");
     let same = kernel_with(
@@ -203,7 +204,7 @@ fn arguments_fit_their_parameters() {
     let refused = |name: &str, arguments: &[Arg]| {
         let fault = Device::new().launch(&program, name, &launch, arguments).unwrap_err();
         assert_eq!(fault.kind, FaultKind::Arguments);
-        fault.detail
+        fault.detail.into_string()
     };
     assert_eq!(refused("other", &[]), "the module has no such kernel, but `test`");
     assert_eq!(refused("test", &[Arg::Pointer(0)]), "2 parameters, but 1 arguments");
