@@ -15,7 +15,7 @@
 //   No dynamic shared memory. `packed` on 4 bytes and `w` and `out` on 16; of products `packed` and x on 16, and k is a
 //   multiple of 64.
 //
-// Decoding is bound by memory: 2.6 bytes a value against 10.9 instructions of PTX (its 64-bit addresses counted).
+// Decoding is bound by memory: 2.6 bytes a value against 10.4 instructions of PTX.
 //   v1  a thread a byte: 4-byte stores, and a load for each
 //   v2  a thread 8 values: a word of codes in, 16 bytes out, four words in flight; the code book and the block's 128
 //       scales in shared memory, so that a nested scale is decoded once and not by each of 8 threads
@@ -64,17 +64,24 @@ DEVICE u32 load_codes(const u8* packed, i64 values) {
 // Where code i of a word begins: bytes come low end first, and of a byte the high nibble.
 DEVICE int code_bit(int i) { return i % 2 == 0 ? 4 * i + 4 : 4 * i - 4; }
 
-// Value i of a word of codes. The code is cut out four times as large: as the distance in the book in bytes.
-DEVICE float decode(const float* book, u32 codes, int i) {
+// The code book in shared memory, on 64 bytes: the distance in it is a part of the address like another.
+struct __align__(64) Book {
+    float values[16];
+};
+
+// Value i of a word of codes; `book` is its address in shared memory. The code is cut out four times as large, as a
+// distance in bytes: cutting and placing is one instruction.
+DEVICE float decode(u32 book, u32 codes, int i) {
     int bit = code_bit(i) - 2;
-    u32 distance = (bit < 0 ? codes << 2 : codes >> bit) & 60;
-    return *(const float*)((const char*)book + distance);
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"((bit < 0 ? codes << 2 : codes >> bit) & 60 | book));
+    return value;
 }
 
 // out (rows,cols) bf16, a row each `ld` values. `scale_of(i)` is the scale of block i of the whole.
 template <typename Scale>
 DEVICE void dequantize(const u8* packed, bf16* out, int rows, int cols, int ld, const Scale& scale_of) {
-    __shared__ float book[16];
+    __shared__ Book shared_book;
     __shared__ float scales[VALUES / SCALED];
     i64 first = (i64)blockIdx.x * VALUES;
     i64 left = (i64)rows * cols - first;
@@ -84,7 +91,8 @@ DEVICE void dequantize(const u8* packed, bf16* out, int rows, int cols, int ld, 
         int at = (i * THREADS + threadIdx.x) * WORD;
         codes[i] = load_codes(packed + (first + at) / 2, left - at);
     }
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     if (threadIdx.x < VALUES / SCALED && threadIdx.x * SCALED < left)
         scales[threadIdx.x] = scale_of(first / SCALED + threadIdx.x);
     __syncthreads();
@@ -201,7 +209,7 @@ KERNEL absmax_nest(const float* absmax, float offset, const float* code, u8* cod
 // consecutive values, so that its codes are words and its x are 16 bytes.
 
 // The bf16 pairs of a word of codes.
-DEVICE void decode_word(u32 (&pairs)[4], const float* book, u32 codes, float scale) {
+DEVICE void decode_word(u32 (&pairs)[4], u32 book, u32 codes, float scale) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
         pairs[i] = to_bf16x2(decode(book, codes, 2 * i) * scale, decode(book, codes, 2 * i + 1) * scale);
@@ -232,11 +240,12 @@ constexpr int NARROW_STEP = 128;        // values of the depth, a warp
 // once. Warps take every 8th 128 values of the depth; their sums are added in order.
 KERNEL __launch_bounds__(THREADS) nf4_gemv(bf16* y, const bf16* x, const u8* packed, const float* absmax, const bf16* h,
                                            const bf16* b, int m, int n, int k, int r) {
-    __shared__ float book[16];
+    __shared__ Book shared_book;
     __shared__ float parts[THREADS / WARP][8][NARROW_ROWS + 4];       // padded against conflicts
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, line = lane / 4, quarter = lane % 4;
     int row = blockIdx.x * NARROW_ROWS;
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     __syncthreads();
     float sums[4] = {};
 #pragma unroll 2
@@ -292,12 +301,13 @@ KERNEL __launch_bounds__(WIDE_THREADS) nf4_gemm(bf16* y, const bf16* x, const u8
     constexpr int CODES = WIDE * WIDE / 2;
     constexpr int STAGE = X::SIZE * 2 + CODES;          // bytes
     __shared__ __align__(128) u8 stages[WIDE_STAGES * STAGE];
-    __shared__ float book[16];
+    __shared__ Book shared_book;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, line = lane / 4, quarter = lane % 4;
     int row = blockIdx.x * WIDE, x_row = blockIdx.y * WIDE;
     int own_row = row + warp * 16 + line;               // and the 8th after it
     Operand left = operand(x, k, m, k), down = operand(h, r, m, r);
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     float sums[8][4] = {};
     int own = k / WIDE, steps = own + (r + WIDE - 1) / WIDE;
     int filled = 0, read = 0;

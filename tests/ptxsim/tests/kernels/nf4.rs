@@ -129,7 +129,7 @@ fn decoding_uses_whole_sectors_and_few_instructions() {
         assert_eq!(counts.store_efficiency(), 1.0);
         assert_eq!(counts.bank_conflicts, 0);
         let a_value = counts.lane_instructions as f64 / (64.0 * 256.0);
-        assert!(a_value < 11.5, "{a_value} instructions a value");
+        assert!(a_value < 11.0, "{a_value} instructions a value");
     }
 }
 
@@ -325,7 +325,7 @@ fn products_with_few_rows_read_the_weight_once_without_conflicts() {
         // Half a byte of code and a sixteenth of scale, and x: 2 bytes a row, read once for 16 or 64 rows of the weight.
         let rows = if kernel == "nf4_gemv" { 16.0 } else { 64.0 };
         assert!(bytes < 0.5625 + 2.0 * m as f64 / rows + 0.25, "{kernel} of {m}: {bytes} bytes a value");
-        assert!(instructions < 12.0, "{kernel} of {m}: {instructions} instructions a value");
+        assert!(instructions < 11.0, "{kernel} of {m}: {instructions} instructions a value");
     }
 }
 
