@@ -287,8 +287,8 @@ DEVICE void transposed_product(bf16* stages, float* partial, const bf16* a, int 
 
 // One of m and n is a rank: a tile is as wide as ranks mostly are, and the other matrix is read once. Bound by
 // that.
-KERNEL __launch_bounds__(THREADS) gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb,
-                                                  int m, int n, int k, int split) {
+KERNEL __launch_bounds__(THREADS, 3)
+    gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m, int n, int k, int split) {
     __shared__ __align__(128) bf16 stages[STAGES * Tile<128, 64, TN>::STAGE];
     if (m > n) transposed_product<128, 64>(stages, partial, a, lda, b, ldb, m, n, k, split);
     else transposed_product<64, 128>(stages, partial, a, lda, b, ldb, m, n, k, split);
