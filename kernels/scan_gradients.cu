@@ -1,16 +1,17 @@
-// The gradient of Mamba2's scan in chunks of 64 rows; names and arrays as in `scan_chunks.cu`. With S the state before the
-// chunk, D the gradient of that after it, L its last row, m[t,s] = exp(a[t] - a[s]) where s ≤ t, last[s] = exp(a[L] - a[s])
-// · dt[s]:
+// The gradient of Mamba2's scan in chunks of 64 rows; names and arrays as in `scan_chunks.cu`. With S the state
+// before the chunk, D the gradient of that after it, L its last row, m[t,s] = exp(a[t] - a[s]) where s ≤ t,
+// last[s] = exp(a[L] - a[s]) · dt[s]:
 //
 //   dx[s] = Σ_t m[t,s] · dt[s] · (c[t] · b[s]) · dy[t]    +  last[s] · D b[s]            +  skip · dy[s]
 //   db[s] = Σ_t m[t,s] · dt[s] · (dy[t] · x[s]) · c[t]    +  last[s] · x[s] D
 //   dc[t] = Σ_s m[t,s] · dt[s] · (dy[t] · x[s]) · b[s]    +  exp(a[t]) · dy[t] S
 // The gradients of a are sums of the same terms, and those of dt and rate come of a being a running sum.
 //
-// Shapes: dy, dx (T, heads · head_dim) bf16; db, dc (T, groups · states) bf16; ddt (T, heads) bf16 of dt before bias and
-// softplus; drate (T, heads) f32, what each row adds to the gradient of its head's rate, may be null; `total` = T. `before`
-// and `dafter`: the states of `scan_states_N` and `scan_pass`, once with (x, b, 0), once with (dy, c, 1). Scratch:
-// partial (2, parts, T, groups · states) f32 with parts = ceil(heads / groups / 8). Overwrites the rows in spans.
+// Shapes: dy, dx (T, heads · head_dim) bf16; db, dc (T, groups · states) bf16; ddt (T, heads) bf16 of dt before
+// bias and softplus; drate (T, heads) f32, what each row adds to the gradient of its head's rate, may be null;
+// `total` = T. `before` and `dafter`: the states of `scan_states_N` and `scan_pass`, once with (x, b, 0), once
+// with (dy, c, 1). Scratch: partial (2, parts, T, groups · states) f32 with parts = ceil(heads / groups / 8).
+// Overwrites the rows in spans.
 //
 //   order, entry           grid                                     block   dynamic shared
 //   1 scan_steps, 2 scan_states_N, 3 scan_pass (unless kept from the forward), 4 scan_states_N, 5 scan_pass
@@ -18,11 +19,12 @@
 //   7 scan_sum_parts       ceil(T · groups · states / 2048)         256     -
 // N in {64, 128}: the least that is not below `states`. n of 7 = T · groups · states.
 //
-// A block takes eight heads of a group one after the other, so that db and dc of these stay in registers; what is left is
-// added in the order of parts. No atomics. Factors of products are rounded to bf16; the gradients of dt are f32 sums.
+// A block takes eight heads of a group one after the other, so that db and dc of these stay in registers; what is
+// left is added in the order of parts. No atomics. Factors of products are rounded to bf16; the gradients of dt
+// are f32 sums.
 //
-// Products a head and chunk: 64 · 64 · 64 twice and 64 · 64 · 128 five times, 6 MFLOP for 24 KB of rows and 48 KB of states:
-// bound by memory on large cards, by one block a multiprocessor on small ones.
+// Products a head and chunk: 64 · 64 · 64 twice and 64 · 64 · 128 five times, 6 MFLOP for 24 KB of rows and 48 KB
+// of states: bound by memory on large cards, by one block a multiprocessor on small ones.
 //
 // Versions
 //   v1  this.
@@ -72,7 +74,8 @@ DEVICE float column_sum(float x) {
 // sum += factor (by row) · more, and what the rows of `more` give with those of `with`, a tile that begins at this
 // warp's part: dots of the rows `row` and `row + 8`.
 template <int TILES>
-DEVICE float2 add_scaled(float (&sum)[TILES][4], const float (&more)[TILES][4], float2 factor, const bf16* with, int ld) {
+DEVICE float2 add_scaled(float (&sum)[TILES][4], const float (&more)[TILES][4], float2 factor, const bf16* with,
+                         int ld) {
     int lane = threadIdx.x % WARP;
     with += lane / 4 * ld + lane % 4 * 2;
     float2 dots = {0.0f, 0.0f};
@@ -168,11 +171,11 @@ DEVICE void store_sums(float* to, const float (&sum)[TILES][4], i64 ld, int rows
 }
 
 template <int N>
-DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x, const bf16* b,
-                            const bf16* c, const bf16* dt, const float* dt_bias, const float* rate, const float* skip,
-                            const float* steps, const float* sums, const bf16* before, const bf16* dafter,
-                            const Span* spans, const int2* tiles, int total, int heads, int head_dim, int groups,
-                            int states, float dt_low, float dt_high) {
+DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x,
+                            const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias, const float* rate,
+                            const float* skip, const float* steps, const float* sums, const bf16* before,
+                            const bf16* dafter, const Span* spans, const int2* tiles, int total, int heads,
+                            int head_dim, int groups, int states, float dt_low, float dt_high) {
     extern __shared__ __align__(16) u8 memory[];
     Stage<N>& stage = *(Stage<N>*)memory;
     constexpr int HALF = N / 2;
@@ -197,7 +200,8 @@ DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, c
 
     for (int head = begin; head < end; head++) {
         load_steps(stage.step, stage.sum, steps, sums, chunk, heads, head);
-        if (threadIdx.x < CHUNK) stage.dstep[threadIdx.x] = stage.dsum[threadIdx.x] = stage.dlast[threadIdx.x] = 0.0f;
+        if (threadIdx.x < CHUNK)
+            stage.dstep[threadIdx.x] = stage.dsum[threadIdx.x] = stage.dlast[threadIdx.x] = 0.0f;
         for (int first = 0; first < head_dim; first += HEAD_ROWS) {
             int part = min(head_dim - first, HEAD_ROWS);
             i64 x_at = chunk.row * x_ld + (i64)head * head_dim + first;
@@ -237,8 +241,8 @@ DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, c
             }
             float through[4][4];
             clear(through);
-            multiply<ROWS, COLUMNS, N>(through, stage.b + top * (N + PAD), N + PAD, stage.state + side * 32 * (N + PAD),
-                                       N + PAD);
+            multiply<ROWS, COLUMNS, N>(through, stage.b + top * (N + PAD), N + PAD,
+                                       stage.state + side * 32 * (N + PAD), N + PAD);
             float kept = chunk.first || chunk.last ? 0.0f : state_dot(stage, before + state, part, states);
             float direct = skip[head];
             int column = side * 32 + lane % 4 * 2;
@@ -259,10 +263,11 @@ DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, c
             if (threadIdx.x < CHUNK) {
                 int t = threadIdx.x;
                 float taken = stage.taken[0][t] + stage.taken[1][t], through_last = to_last(stage, t) * taken;
-                float column = stage.by_column[0][t] + stage.by_column[1][t] + stage.by_column[2][t] + stage.by_column[3][t];
+                float column =
+                    stage.by_column[0][t] + stage.by_column[1][t] + stage.by_column[2][t] + stage.by_column[3][t];
                 stage.dstep[t] += column + __expf(stage.sum[CHUNK - 1] - stage.sum[t]) * taken;
-                stage.dsum[t] += stage.by_row[0][t] + stage.by_row[1][t] - stage.step[t] * column + stage.seen[0][t] +
-                                 stage.seen[1][t] - through_last;
+                stage.dsum[t] += stage.by_row[0][t] + stage.by_row[1][t] - stage.step[t] * column +
+                                 stage.seen[0][t] + stage.seen[1][t] - through_last;
                 stage.dlast[t] += through_last;
                 if (t == 0) stage.dlast[t] += __expf(stage.sum[CHUNK - 1]) * kept;
             }
@@ -304,14 +309,15 @@ KERNEL __launch_bounds__(256) scan_sum_parts(bf16* db, bf16* dc, const float* pa
     }
 }
 
-#define SCAN(N)                                                                                                           \
-    KERNEL __launch_bounds__(256, 1) scan_gradients_##N(                                                                  \
-        bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x, const bf16* b, const bf16* c,   \
-        const bf16* dt, const float* dt_bias, const float* rate, const float* skip, const float* steps,                   \
-        const float* sums, const bf16* before, const bf16* dafter, const Span* spans, const int2* tiles, int total,       \
-        int heads, int head_dim, int groups, int states, float dt_low, float dt_high) {                                   \
-        chunk_gradients<N>(dx, ddt, drate, partial, dy, x, b, c, dt, dt_bias, rate, skip, steps, sums, before, dafter,    \
-                           spans, tiles, total, heads, head_dim, groups, states, dt_low, dt_high);                        \
+#define SCAN(N)                                                                                                   \
+    KERNEL __launch_bounds__(256, 1)                                                                              \
+        scan_gradients_##N(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x,      \
+                           const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias, const float* rate, \
+                           const float* skip, const float* steps, const float* sums, const bf16* before,          \
+                           const bf16* dafter, const Span* spans, const int2* tiles, int total, int heads,        \
+                           int head_dim, int groups, int states, float dt_low, float dt_high) {                   \
+        chunk_gradients<N>(dx, ddt, drate, partial, dy, x, b, c, dt, dt_bias, rate, skip, steps, sums, before,    \
+                           dafter, spans, tiles, total, heads, head_dim, groups, states, dt_low, dt_high);        \
     }
 
 SCAN(64)
