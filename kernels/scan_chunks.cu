@@ -57,6 +57,8 @@ DEVICE void chunk_states(bf16* out, const bf16* u, const bf16* v, const float* s
     __shared__ __align__(16) bf16 us[CHUNK * LD], vs[CHUNK * (N + PAD)];
     __shared__ float step[CHUNK], sum[CHUNK];
     Chunk chunk = chunk_of(spans, tiles, blockIdx.y);
+    // Nothing comes of what the last chunk of a span would pass on.
+    if (backward ? chunk.first : chunk.last) return;
     int parts = (head_dim + HEAD_ROWS - 1) / HEAD_ROWS, head = blockIdx.x / parts;
     int first = blockIdx.x % parts * HEAD_ROWS, part = min(head_dim - first, HEAD_ROWS),
         group = head * groups / heads;
@@ -105,10 +107,11 @@ KERNEL __launch_bounds__(128) scan_pass(bf16* states, const float* sums, const S
     for (int i = 0; i < tiles; i++) {
         int own = backward ? tiles - 1 - i : i;
         bf16* place = states + ((i64)(begin + own) * heads + head) * size + at;
-        Eight more = load_eight(place, count, wide);
+        Eight more = {};
+        if (i + 1 < tiles) more = load_eight(place, count, wide);
+        if (i > 0) store_eight(place, state, count, wide);
         int last = min(span.queries_start + (own + 1) * CHUNK, span.queries_end) - 1;
         float decay = __expf(sums[(i64)last * heads + head]);
-        store_eight(place, state, count, wide);
 #pragma unroll
         for (int j = 0; j < 8; j++) state.at[j] = state.at[j] * decay + more.at[j];
     }
