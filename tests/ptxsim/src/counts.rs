@@ -149,24 +149,26 @@ fn conflicts(seen: &Seen, bytes: usize) -> u64 {
     let mut extra = 0;
     let mut lanes = lanes_of(seen.shared).peekable();
     while lanes.peek().is_some() {
-        let mut first = [u64::MAX; 32];
+        let mut held = [0u64; 32];
+        let mut taken = 0u32;
         let mut more: Vec<u64> = Vec::new();
         for lane in lanes.by_ref().take(lanes_a_pass) {
-            let word = seen.addresses[lane] >> 2;
-            for word in word..word + words {
-                let held = &mut first[(word & 31) as usize];
-                if *held == u64::MAX {
-                    *held = word;
-                } else if *held != word && !more.contains(&word) {
+            let first = seen.addresses[lane] >> 2;
+            for word in first..first + words {
+                let bank = word as usize & 31;
+                if taken >> bank & 1 == 0 {
+                    taken |= 1 << bank;
+                    held[bank] = word;
+                } else if held[bank] != word && !more.contains(&word) {
                     more.push(word);
                 }
             }
         }
-        let mut passes = [0u64; 32];
-        for word in &more {
-            passes[(word & 31) as usize] += 1;
+        if !more.is_empty() {
+            let mut passes = [0u64; 32];
+            more.iter().for_each(|word| passes[*word as usize & 31] += 1);
+            extra += passes.iter().max().copied().unwrap_or(0);
         }
-        extra += passes.iter().max().copied().unwrap_or(0);
     }
     extra
 }

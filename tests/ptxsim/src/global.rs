@@ -144,70 +144,107 @@ impl Global {
     }
 
     /// Reads as a thread of the running block.
-    pub(crate) fn read(&mut self, address: u64, length: usize, is_atomic: bool) -> Result<&[u8], Mistake> {
+    pub(crate) fn read<const BYTES: usize>(
+        &mut self,
+        address: u64,
+        is_atomic: bool,
+    ) -> Result<[u8; BYTES], Mistake> {
+        self.check_read(address, BYTES, is_atomic)?;
+        let (held, at) = self.locate(address, BYTES)?;
+        Ok(*held.bytes[at..].first_chunk().expect("the bounds were checked"))
+    }
+
+    /// As `read`, of any number of bytes.
+    pub(crate) fn read_into(&mut self, address: u64, bytes: &mut [u8]) -> Result<(), Mistake> {
+        self.check_read(address, bytes.len(), false)?;
+        let (held, at) = self.locate(address, bytes.len())?;
+        bytes.copy_from_slice(&held.bytes[at..at + bytes.len()]);
+        Ok(())
+    }
+
+    #[inline]
+    fn check_read(&mut self, address: u64, length: usize, is_atomic: bool) -> Result<(), Mistake> {
         let (first, block, many) = (self.first, self.block, self.many);
         let (held, at) = self.locate(address, length)?;
         let range = at..at + length;
-        if held.states[range.clone()].iter().any(|state| state & WRITTEN == 0) {
+        if held.states[range.clone()].iter().fold(WRITTEN, |all, state| all & state) == 0 {
             let detail = format!("{length} bytes at offset {at} that nobody has written");
             return Err(Mistake::at(FaultKind::UninitialisedGlobal, address, detail));
         }
-        if !is_atomic {
-            let foreign = |writer: &u32| *writer >= first && *writer != block;
-            if let Some(writer) = held.writers[range.clone()].iter().find(|writer| foreign(writer)) {
-                let detail = format!("reads offset {at}, which block number {} wrote", writer - first);
-                return Err(Mistake::at(FaultKind::GlobalRace, address, detail));
-            }
-            for reader in &mut held.readers[range.clone()] {
-                *reader = if *reader < first || *reader == block { block } else { many };
-            }
+        if is_atomic {
+            return Ok(());
         }
-        Ok(&held.bytes[range])
+        let foreign = |writer: u32| writer >= first && writer != block;
+        let writers = &held.writers[range.clone()];
+        if writers.iter().fold(false, |any, writer| any | foreign(*writer)) {
+            let writer = writers.iter().find(|writer| foreign(**writer)).map_or(0, |writer| writer - first);
+            let detail = format!("reads offset {at}, which block number {writer} wrote");
+            return Err(Mistake::at(FaultKind::GlobalRace, address, detail));
+        }
+        for reader in &mut held.readers[range] {
+            *reader = if *reader < first || *reader == block { block } else { many };
+        }
+        Ok(())
     }
 
     /// Writes as a thread of the running block.
-    pub(crate) fn write(&mut self, address: u64, bytes: &[u8], is_atomic: bool) -> Result<(), Mistake> {
-        let (first, block, many) = (self.first, self.block, self.many);
-        let (held, at) = self.locate(address, bytes.len())?;
-        let range = at..at + bytes.len();
-        let foreign = |stamp: u32| stamp >= first && stamp != block;
-        let stamps = held.writers[range.clone()].iter().chain(&held.readers[range.clone()]);
-        if stamps.copied().fold(false, |any, stamp| any | foreign(stamp)) {
-            for (index, new) in range.clone().zip(bytes) {
-                let both_atomic = is_atomic && held.states[index] & ATOMIC != 0;
-                if held.bytes[index] == *new || both_atomic {
-                    continue;
-                }
-                let (writer, reader) = (held.writers[index], held.readers[index]);
-                let (what, stamp) = if foreign(writer) { ("wrote", writer) } else { ("read", reader) };
-                if foreign(stamp) {
-                    let who = if stamp == many {
-                        "another block".to_owned()
-                    } else {
-                        format!("block number {}", stamp - first)
-                    };
-                    let detail = format!("overwrites offset {at} with another value, which {who} {what}");
-                    return Err(Mistake::at(FaultKind::GlobalRace, address, detail));
-                }
-            }
+    pub(crate) fn write<const BYTES: usize>(
+        &mut self,
+        address: u64,
+        bytes: [u8; BYTES],
+        is_atomic: bool,
+    ) -> Result<(), Mistake> {
+        let (first, block) = (self.first, self.block);
+        let (held, at) = self.locate(address, BYTES)?;
+        let range = at..at + BYTES;
+        let foreign = |stamp: &u32| *stamp >= first && *stamp != block;
+        let written = held.writers[range.clone()].iter().fold(false, |any, stamp| any | foreign(stamp));
+        let read = held.readers[range.clone()].iter().fold(false, |any, stamp| any | foreign(stamp));
+        if written || read {
+            self.check_write(address, &bytes, is_atomic)?;
         }
-        held.bytes[range.clone()].copy_from_slice(bytes);
+        let (held, at) = self.locate(address, BYTES)?;
+        let range = at..at + BYTES;
+        held.bytes[range.clone()].copy_from_slice(&bytes);
         held.writers[range.clone()].fill(block);
         held.states[range].fill(if is_atomic { WRITTEN | ATOMIC } else { WRITTEN });
         Ok(())
     }
 
+    /// Another block has touched some of these bytes: faults if it is a race.
+    #[cold]
+    fn check_write(&mut self, address: u64, bytes: &[u8], is_atomic: bool) -> Result<(), Mistake> {
+        let (first, block, many) = (self.first, self.block, self.many);
+        let foreign = |stamp: u32| stamp >= first && stamp != block;
+        let (held, at) = self.locate(address, bytes.len())?;
+        for (index, new) in (at..).zip(bytes) {
+            let both_atomic = is_atomic && held.states[index] & ATOMIC != 0;
+            let (writer, reader) = (held.writers[index], held.readers[index]);
+            let (what, stamp) = if foreign(writer) { ("wrote", writer) } else { ("read", reader) };
+            if held.bytes[index] == *new || both_atomic || !foreign(stamp) {
+                continue;
+            }
+            let who = if stamp == many {
+                "another block".to_owned()
+            } else {
+                format!("block number {}", stamp - first)
+            };
+            let detail = format!("overwrites offset {at} with another value, which {who} {what}");
+            return Err(Mistake::at(FaultKind::GlobalRace, address, detail));
+        }
+        Ok(())
+    }
+
     /// Replaces a value by what `update` makes of it, in one step; the old value.
-    pub(crate) fn update(
+    pub(crate) fn update<const BYTES: usize>(
         &mut self,
         address: u64,
-        length: usize,
         update: impl FnOnce(u64) -> u64,
     ) -> Result<u64, Mistake> {
         let (first, block) = (self.first, self.block);
-        let old = little_endian(self.read(address, length, true)?);
-        let (held, at) = self.locate(address, length)?;
-        let was_plain = (at..at + length).any(|index| {
+        let old = little_endian(&self.read::<BYTES>(address, true)?);
+        let (held, at) = self.locate(address, BYTES)?;
+        let was_plain = (at..at + BYTES).any(|index| {
             let writer = held.writers[index];
             writer >= first && writer != block && held.states[index] & ATOMIC == 0
         });
@@ -215,7 +252,7 @@ impl Global {
             let detail = format!("an atomic on offset {at}, which another block wrote without");
             return Err(Mistake::at(FaultKind::GlobalRace, address, detail));
         }
-        self.write(address, &update(old).to_le_bytes()[..length], true)?;
+        self.write(address, first_bytes::<BYTES>(update(old)), true)?;
         Ok(old)
     }
 }
@@ -226,7 +263,10 @@ fn outside(address: u64, length: usize, place: &str) -> Mistake {
 
 /// At most 8 bytes as a number.
 pub(crate) fn little_endian(bytes: &[u8]) -> u64 {
-    let mut whole = [0; 8];
-    whole[..bytes.len()].copy_from_slice(bytes);
-    u64::from_le_bytes(whole)
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// The low bytes of a number.
+pub(crate) fn first_bytes<const BYTES: usize>(number: u64) -> [u8; BYTES] {
+    *number.to_le_bytes().first_chunk().expect("at most 8 bytes")
 }

@@ -6,6 +6,7 @@
 //! the latest clock only: with barriers of part of the warps an older read can be forgotten, never invented.
 
 use crate::fault::{FaultKind, Mistake};
+use crate::global::{first_bytes, little_endian};
 use crate::lanes::{WARP, lanes_of};
 
 const WRITTEN: u8 = 1;
@@ -86,20 +87,21 @@ impl Shared {
         Err(Mistake::at(FaultKind::SharedOutOfBounds, address, detail))
     }
 
-    pub(crate) fn read(
+    pub(crate) fn read<const BYTES: usize>(
         &mut self,
         warp: usize,
         address: u64,
-        length: usize,
         is_atomic: bool,
-    ) -> Result<&[u8], Mistake> {
-        let at = self.check_bounds(address, length)?;
-        let range = at..at + length;
-        if self.states[range.clone()].iter().any(|state| state & (WRITTEN | PENDING) != WRITTEN) {
-            return Err(self.not_readable(warp, at, length));
+    ) -> Result<[u8; BYTES], Mistake> {
+        let at = self.check_bounds(address, BYTES)?;
+        let range = at..at + BYTES;
+        let bytes = *self.bytes[at..].first_chunk().expect("the bounds were checked");
+        let unready = |any, state: &u8| any | (state & (WRITTEN | PENDING) != WRITTEN);
+        if self.states[range.clone()].iter().fold(false, unready) {
+            return Err(self.not_readable(warp, at, BYTES));
         }
         if is_atomic {
-            return Ok(&self.bytes[range]);
+            return Ok(bytes);
         }
         let settled = self.settled[warp];
         let recent = self.writes[range.clone()].iter().fold(false, |any, stamp| any | (stamp >> 5 > settled));
@@ -115,7 +117,7 @@ impl Shared {
             *readers = if *read_clock == clock { *readers | me } else { me };
             *read_clock = clock;
         }
-        Ok(&self.bytes[range])
+        Ok(bytes)
     }
 
     /// Why bytes that are not all written, or that wait for a copy, cannot be read.
@@ -133,20 +135,20 @@ impl Shared {
         Mistake::at(FaultKind::PendingCopy, address, detail)
     }
 
-    pub(crate) fn write(
+    pub(crate) fn write<const BYTES: usize>(
         &mut self,
         warp: usize,
         address: u64,
-        bytes: &[u8],
+        bytes: [u8; BYTES],
         is_atomic: bool,
     ) -> Result<(), Mistake> {
-        let at = self.check_bounds(address, bytes.len())?;
-        self.check_write(warp, at, bytes.len(), |shared, index| {
+        let at = self.check_bounds(address, BYTES)?;
+        self.check_write(warp, at, BYTES, |shared, index| {
             let unchanged = shared.bytes[index] == bytes[index - at] && shared.states[index] & PENDING == 0;
             unchanged || is_atomic && shared.states[index] & ATOMIC != 0
         })?;
-        let range = at..at + bytes.len();
-        self.bytes[range.clone()].copy_from_slice(bytes);
+        let range = at..at + BYTES;
+        self.bytes[range.clone()].copy_from_slice(&bytes);
         self.mark(warp, range, if is_atomic { WRITTEN | ATOMIC } else { WRITTEN });
         Ok(())
     }
@@ -175,6 +177,7 @@ impl Shared {
 
     /// Faults if another warp wrote or read these bytes and no barrier lies between. `is_harmless` says of a byte that
     /// the two writes are no race.
+    #[inline]
     fn check_write(
         &self,
         warp: usize,
@@ -208,21 +211,20 @@ impl Shared {
     }
 
     /// Replaces a value by what `update` makes of it, in one step; the old value.
-    pub(crate) fn update(
+    pub(crate) fn update<const BYTES: usize>(
         &mut self,
         warp: usize,
         address: u64,
-        length: usize,
         update: impl FnOnce(u64) -> u64,
     ) -> Result<u64, Mistake> {
-        let old = crate::global::little_endian(self.read(warp, address, length, true)?);
+        let old = little_endian(&self.read::<BYTES>(warp, address, true)?);
         let at = address as usize;
-        let plain = (at..at + length)
+        let plain = (at..at + BYTES)
             .find(|index| self.states[*index] & ATOMIC == 0 && !self.is_ordered(self.writes[*index], warp));
         if let Some(index) = plain {
             return Err(race(address, "changes by an atomic", "wrote", self.writes[index] & 31));
         }
-        self.write(warp, address, &update(old).to_le_bytes()[..length], true)?;
+        self.write(warp, address, first_bytes::<BYTES>(update(old)), true)?;
         Ok(old)
     }
 }

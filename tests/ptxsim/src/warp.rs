@@ -171,14 +171,18 @@ impl Warp {
         Err(Mistake::at(FaultKind::LocalOutOfBounds, address, detail))
     }
 
-    pub(crate) fn local_read(&self, lane: usize, address: u64, length: usize) -> Result<&[u8], Mistake> {
-        let range = self.local_range(lane, address, length)?;
+    pub(crate) fn local_read<const BYTES: usize>(
+        &self,
+        lane: usize,
+        address: u64,
+    ) -> Result<[u8; BYTES], Mistake> {
+        let range = self.local_range(lane, address, BYTES)?;
         if self.local_written[range.clone()].contains(&false) {
             let detail =
-                format!("reads {length} bytes of local memory at {address} that the thread has not written");
+                format!("reads {BYTES} bytes of local memory at {address} that the thread has not written");
             return Err(Mistake::at(FaultKind::UninitialisedLocal, address, detail));
         }
-        Ok(&self.local[range])
+        Ok(*self.local[range.start..].first_chunk().expect("the bounds were checked"))
     }
 
     pub(crate) fn local_write(&mut self, lane: usize, address: u64, bytes: &[u8]) -> Result<(), Mistake> {

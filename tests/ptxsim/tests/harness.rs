@@ -40,6 +40,14 @@ pub(crate) fn source(file: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("`{}`: {error}", path.display()))
 }
 
+/// Every header of `kernels/` with its name.
+pub(crate) fn headers() -> Vec<(String, String)> {
+    let entries = std::fs::read_dir(folder()).expect("the folder of the kernels is there");
+    let names = entries.map(|entry| entry.expect("the folder can be read").file_name());
+    let headers = names.filter_map(|name| name.into_string().ok()).filter(|name| name.ends_with(".cuh"));
+    headers.map(|name| (name.clone(), source(&name))).collect()
+}
+
 /// The program of a file of `kernels/`, compiled once a test run.
 pub(crate) fn kernels(file: &str) -> &'static Module {
     compile(file, &source(file))

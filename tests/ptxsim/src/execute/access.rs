@@ -9,12 +9,9 @@ use crate::program::{Atomic, Load, Store};
 use crate::syntax::Space;
 use crate::warp::Warp;
 
-/// The widest access of a lane: four parts of 64 bits.
-const BYTES_MAX: usize = 32;
-
 /// The memory that an address is in, and the address there.
 pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
-    if space == Space::Shared && address >= SHARED_WINDOW && address < SHARED_WINDOW + WINDOW_BYTES {
+    if space == Space::Shared && (SHARED_WINDOW..SHARED_WINDOW + WINDOW_BYTES).contains(&address) {
         return (Space::Shared, address - SHARED_WINDOW);
     }
     if !matches!(space, Space::Generic | Space::Global) {
@@ -32,8 +29,9 @@ pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
         .map_or((Space::Global, address), |(space, window)| (space, address - window))
 }
 
+#[inline]
 fn check_alignment(address: u64, bytes: usize) -> Result<(), Mistake> {
-    if address % bytes as u64 == 0 {
+    if address.is_multiple_of(bytes as u64) {
         return Ok(());
     }
     let detail = format!("an access of {bytes} bytes at an address that is no multiple of {bytes}");
@@ -42,64 +40,94 @@ fn check_alignment(address: u64, bytes: usize) -> Result<(), Mistake> {
 
 impl Machine<'_> {
     pub(super) fn load(&mut self, warp: &mut Warp, load: &Load, active: Mask) -> Result<(), Mistake> {
-        let bytes = load.bytes * load.to.len();
+        match load.bytes * load.to.len() {
+            1 => self.load_bytes::<1>(warp, load, active),
+            2 => self.load_bytes::<2>(warp, load, active),
+            4 => self.load_bytes::<4>(warp, load, active),
+            8 => self.load_bytes::<8>(warp, load, active),
+            16 => self.load_bytes::<16>(warp, load, active),
+            32 => self.load_bytes::<32>(warp, load, active),
+            bytes => Err(unknown_width(bytes)),
+        }
+    }
+
+    /// A load of `BYTES` bytes a lane.
+    fn load_bytes<const BYTES: usize>(
+        &mut self,
+        warp: &mut Warp,
+        load: &Load,
+        active: Mask,
+    ) -> Result<(), Mistake> {
         let bases = *warp.register(load.address.base);
         let mut seen = Seen::default();
         for lane in lanes_of(active) {
             let (space, address) = resolve(load.address.space, load.address.of(bases[lane]));
-            let mut value = [0; BYTES_MAX];
-            let value = &mut value[..bytes];
-            self.load_lane(warp, (space, address), value, (lane, load.is_atomic))
+            let value: [u8; BYTES] = self
+                .load_lane(warp, (space, address), (lane, load.is_atomic))
                 .map_err(|mistake| mistake.in_lane(lane))?;
             seen.add(space, lane, address);
+            if let [Some(register)] = load.to[..] {
+                let bits = if BYTES == 4 { word(&value) } else { little_endian(&value) };
+                warp.registers[register as usize][lane] = extended(bits, load);
+                continue;
+            }
             for (register, part) in load.to.iter().zip(value.chunks_exact(load.bytes)) {
                 let Some(register) = register else { continue };
-                let mut bits = little_endian(part);
-                if let Some(width) = load.extend_to {
-                    bits = sign_extend(bits, 8 * load.bytes as u32) as u64 & low_bits(width);
-                }
-                warp.registers[*register as usize][lane] = bits;
+                let bits = if load.bytes == 4 { word(part) } else { little_endian(part) };
+                warp.registers[*register as usize][lane] = extended(bits, load);
             }
         }
-        self.tally.accesses(&seen, bytes, false);
+        self.tally.accesses(&seen, BYTES, false);
         Ok(())
     }
 
-    fn load_lane(
+    fn load_lane<const BYTES: usize>(
         &mut self,
         warp: &Warp,
         (space, address): (Space, u64),
-        value: &mut [u8],
         (lane, is_atomic): (usize, bool),
-    ) -> Result<(), Mistake> {
-        let bytes = value.len();
-        check_alignment(address, bytes)?;
-        let found = match space {
-            Space::Global | Space::Generic => self.global.read(address, bytes, is_atomic)?,
-            Space::Shared => self.shared.read(warp.index, address, bytes, is_atomic)?,
-            Space::Local => warp.local_read(lane, address, bytes)?,
-            Space::Constant => constant(self.module.constants(), address, bytes)?,
-            Space::Parameter => constant(self.parameters, address, bytes)?,
-        };
-        value.copy_from_slice(found);
-        Ok(())
+    ) -> Result<[u8; BYTES], Mistake> {
+        check_alignment(address, BYTES)?;
+        match space {
+            Space::Global | Space::Generic => self.global.read(address, is_atomic),
+            Space::Shared => self.shared.read(warp.index, address, is_atomic),
+            Space::Local => warp.local_read(lane, address),
+            Space::Constant => constant(self.module.constants(), address),
+            Space::Parameter => constant(self.parameters, address),
+        }
     }
 
     pub(super) fn store(&mut self, warp: &mut Warp, store: &Store, active: Mask) -> Result<(), Mistake> {
-        let bytes = store.bytes * store.from.len();
+        match store.bytes * store.from.len() {
+            1 => self.store_bytes::<1>(warp, store, active),
+            2 => self.store_bytes::<2>(warp, store, active),
+            4 => self.store_bytes::<4>(warp, store, active),
+            8 => self.store_bytes::<8>(warp, store, active),
+            16 => self.store_bytes::<16>(warp, store, active),
+            32 => self.store_bytes::<32>(warp, store, active),
+            bytes => Err(unknown_width(bytes)),
+        }
+    }
+
+    /// A store of `BYTES` bytes a lane.
+    fn store_bytes<const BYTES: usize>(
+        &mut self,
+        warp: &mut Warp,
+        store: &Store,
+        active: Mask,
+    ) -> Result<(), Mistake> {
         let bases = *warp.register(store.address.base);
         let mut seen = Seen::default();
         for lane in lanes_of(active) {
             let (space, address) = resolve(store.address.space, store.address.of(bases[lane]));
-            let mut value = [0; BYTES_MAX];
-            let value = &mut value[..bytes];
+            let mut value = [0; BYTES];
             for (part, register) in value.chunks_exact_mut(store.bytes).zip(&store.from) {
                 part.copy_from_slice(&warp.register(*register)[lane].to_le_bytes()[..store.bytes]);
             }
-            let stored = check_alignment(address, bytes).and_then(|()| match space {
+            let stored = check_alignment(address, BYTES).and_then(|()| match space {
                 Space::Global | Space::Generic => self.global.write(address, value, store.is_atomic),
                 Space::Shared => self.shared.write(warp.index, address, value, store.is_atomic),
-                Space::Local => warp.local_write(lane, address, value),
+                Space::Local => warp.local_write(lane, address, &value),
                 Space::Constant | Space::Parameter => {
                     let detail = "a store to a constant; variables of a module cannot be written here";
                     Err(Mistake::at(FaultKind::ConstantOutOfBounds, address, detail))
@@ -108,7 +136,7 @@ impl Machine<'_> {
             stored.map_err(|mistake| mistake.in_lane(lane))?;
             seen.add(space, lane, address);
         }
-        self.tally.accesses(&seen, bytes, true);
+        self.tally.accesses(&seen, BYTES, true);
         Ok(())
     }
 
@@ -118,14 +146,13 @@ impl Machine<'_> {
         for lane in lanes_of(active) {
             let (space, address) = resolve(atomic.address.space, atomic.address.of(bases[lane]));
             let update = |old| (atomic.update)(old, a[lane], b[lane]);
-            let old = check_alignment(address, atomic.bytes).and_then(|()| match space {
-                Space::Global | Space::Generic => self.global.update(address, atomic.bytes, update),
-                Space::Shared => self.shared.update(warp.index, address, atomic.bytes, update),
-                _ => Err(Mistake::at(
-                    FaultKind::OutOfBounds,
-                    address,
-                    "an atomic on memory that is not shared",
-                )),
+            let old = check_alignment(address, atomic.bytes).and_then(|()| match (space, atomic.bytes) {
+                (Space::Global | Space::Generic, 4) => self.global.update::<4>(address, update),
+                (Space::Global | Space::Generic, 8) => self.global.update::<8>(address, update),
+                (Space::Shared, 4) => self.shared.update::<4>(warp.index, address, update),
+                (Space::Shared, 8) => self.shared.update::<8>(warp.index, address, update),
+                (Space::Global | Space::Generic | Space::Shared, bytes) => Err(unknown_width(bytes)),
+                _ => Err(Mistake::at(FaultKind::OutOfBounds, address, "an atomic on memory of one thread")),
             });
             let old = old.map_err(|mistake| mistake.in_lane(lane))?;
             if let Some(to) = atomic.to {
@@ -136,25 +163,39 @@ impl Machine<'_> {
     }
 }
 
-fn constant(constants: &[u8], address: u64, bytes: usize) -> Result<&[u8], Mistake> {
-    let range = usize::try_from(address).ok().and_then(|at| constants.get(at..at.checked_add(bytes)?));
-    range.ok_or_else(|| {
-        let detail = format!("{bytes} bytes at {address} of {} constant bytes", constants.len());
+/// A signed part fills its register with its sign.
+fn extended(bits: u64, load: &Load) -> u64 {
+    match load.extend_to {
+        Some(width) => sign_extend(bits, 8 * load.bytes as u32) as u64 & low_bits(width),
+        None => bits,
+    }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    u64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+fn unknown_width(bytes: usize) -> Mistake {
+    Mistake::new(
+        FaultKind::UnknownInstruction,
+        format!("the interpreter does not know accesses of {bytes} bytes"),
+    )
+}
+
+fn constant<const BYTES: usize>(constants: &[u8], address: u64) -> Result<[u8; BYTES], Mistake> {
+    let found = usize::try_from(address).ok().and_then(|at| constants.get(at..)?.first_chunk());
+    found.copied().ok_or_else(|| {
+        let detail = format!("{BYTES} bytes at {address} of {} constant bytes", constants.len());
         Mistake::at(FaultKind::ConstantOutOfBounds, address, detail)
     })
 }
 
 /// The addresses of a warp's access, by memory.
+#[derive(Default)]
 pub(crate) struct Seen {
     pub(crate) global: Mask,
     pub(crate) shared: Mask,
     pub(crate) addresses: Lanes,
-}
-
-impl Default for Seen {
-    fn default() -> Self {
-        Self { global: 0, shared: 0, addresses: [0; 32] }
-    }
 }
 
 impl Seen {

@@ -57,7 +57,7 @@ impl Machine<'_> {
         }
         let mut bytes = [0; 16];
         if read > 0 {
-            bytes[..read].copy_from_slice(self.global.read(from, read, false)?);
+            self.global.read_into(from, &mut bytes[..read])?;
         }
         self.shared.reserve(warp, to, length)?;
         Ok(bytes)

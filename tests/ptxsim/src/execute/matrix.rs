@@ -34,7 +34,7 @@ impl Machine<'_> {
                     let detail = "a row of a matrix at an address that is no multiple of 16";
                     return Err(Mistake::at(FaultKind::Misaligned, at, detail).in_lane(lane));
                 }
-                let read = self.shared.read(warp.index, at, ROW_BYTES, false);
+                let read = self.shared.read::<ROW_BYTES>(warp.index, at, false);
                 let read = read.map_err(|mistake| mistake.in_lane(lane))?;
                 for (value, bytes) in values.iter_mut().zip(read.chunks_exact(2)) {
                     *value = u16::from_le_bytes([bytes[0], bytes[1]]);

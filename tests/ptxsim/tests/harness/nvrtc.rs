@@ -59,8 +59,10 @@ fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String
     let nvrtc = nvrtc();
     let c_string = |text: &str| CString::new(text).expect("no NUL in sources");
     let (source, name) = (c_string(source), c_string(name));
-    let header = c_string(&super::source("common.cuh"));
-    let header_name = c_string("common.cuh");
+    let headers: Vec<(CString, CString)> =
+        super::headers().iter().map(|(name, text)| (c_string(name), c_string(text))).collect();
+    let header_names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
+    let header_texts: Vec<*const c_char> = headers.iter().map(|(_, text)| text.as_ptr()).collect();
     let texts: Vec<CString> = match options {
         Options::Portable => vec!["--gpu-architecture=compute_80".to_owned(), "-lineinfo".to_owned()],
         Options::Cubin(arch) => {
@@ -79,9 +81,9 @@ fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String
             &raw mut program,
             source.as_ptr(),
             name.as_ptr(),
-            1,
-            &header.as_ptr(),
-            &header_name.as_ptr(),
+            headers.len() as c_int,
+            header_texts.as_ptr(),
+            header_names.as_ptr(),
         )
     };
     nvrtc.check(status)?;
