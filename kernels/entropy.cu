@@ -10,8 +10,8 @@
 // Logits are mapped first: softcap * tanh(scale * x / softcap), or scale * x where softcap is 0. Bound by memory:
 // 4 bytes a logit for nll, 4 in and 2 out more for the gradient (a row of 128,256 logits is 0.5 MB: it does not
 // stay in L1).
-//   v1  largest, sum, gradient: three readings
-//   v2  largest and sum in one reading, the sum brought along as the largest grows: two readings
+//   v1  two readings: the largest and the sum in one, the sum brought along as the largest grows; 39 instructions
+//       of PTX a logit with its gradient
 #include "common.cuh"
 
 constexpr int THREADS = 512;

@@ -24,10 +24,12 @@
 // tile of 128x128 reads (m*k*n/64) bytes by way of L2 and does 64 operations for each; four warps of 64x64 read 32
 // bytes of shared memory a 1024 multiplications. Bound by tensor cores for k >= 512 or so; on Hopper only wgmma
 // reaches the top.
-//   v1  two stages, 40-value rows of padding: a barrier more a step, 8 KB more for the same tiles
-//   v2  three stages of 32 deep in exchanged chunks, one barrier a step, two blocks to a processor; results stored
-//       by way of shared memory, in whole sectors
-// Results that cross lanes by shuffles instead took twice the code for the same sectors.
+//   v1  three stages of 32 deep in exchanged chunks, one barrier a step, two blocks to a processor; results stored
+//       by way of shared memory, in whole sectors. No conflicts; 9.0 instructions of PTX an mma, for each chunk's
+//       place and bounds were reckoned anew
+//   v2  the exchange of a factor's chunks depends on the lane alone: 5.5
+//   v3  a thread keeps where it copies from, and rows beyond the last are the last again: 4.3 (3.3 in sm_90 code)
+// Results that cross lanes by shuffles took twice the PTX for the same sectors.
 #include "common.cuh"
 #include "panel.cuh"
 
@@ -289,7 +291,8 @@ DEVICE void transposed_product(bf16* stages, float* partial, const bf16* a, int 
 // One of m and n is a rank: a tile is as wide as ranks mostly are, and the other matrix is read once. Bound by
 // that.
 KERNEL __launch_bounds__(THREADS, 3)
-    gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m, int n, int k, int split) {
+    gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m, int n, int k,
+                    int split) {
     __shared__ __align__(128) bf16 stages[STAGES * Tile<128, 64, TN>::STAGE];
     if (m > n) transposed_product<128, 64>(stages, partial, a, lda, b, ldb, m, n, k, split);
     else transposed_product<64, 128>(stages, partial, a, lda, b, ldb, m, n, k, split);

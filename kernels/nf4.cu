@@ -15,8 +15,9 @@
 //   No dynamic shared memory. `packed` on 4 bytes and `w` and `out` on 16; of products `packed` and x on 16, and k
 //   is a multiple of 64.
 //
-// Decoding is bound by memory: 2.6 bytes a value against 10.4 instructions of PTX.
-//   v1  a thread a byte: 4-byte stores, and a load for each
+// Decoding is bound by memory: 2.6 bytes a value against 10.4 instructions of PTX (7.2 and 0.75 bytes of
+// nf4_gemv).
+//   v1  stores that used half of each sector
 //   v2  a thread 8 values: a word of codes in, 16 bytes out, four words in flight; the code book and the block's
 //       128 scales in shared memory, so that a nested scale is decoded once and not by each of 8 threads
 // A pair of values for each byte (a book of 256 pairs) would halve the look-ups, but its 2 KB meet in the same
