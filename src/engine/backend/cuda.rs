@@ -334,7 +334,8 @@ impl Backend for Cuda {
         let (n, k) = (head.rows, head.cols);
         let shape = (x.len() / k, n, k);
         let (x, y, w) = (self.input(x, Rounded), self.output(y, Exact), self.dense(head));
-        self.gemm(linear::Gemm::NtExact, y.arg(), (x.arg(), w.arg()), shape, None, Write::Overwrite);
+        let from = ((x.arg(), k), w.arg());
+        self.gemm(linear::Gemm::NtExact, (y.arg(), n), from, shape, None, Write::Overwrite);
     }
 
     fn add(&self, y: &mut Buffer, x: &Buffer) {

@@ -57,12 +57,12 @@ impl Cuda {
         }
     }
 
-    /// c (m,n) = or += a (m,k) · bᵀ or b + the extension's.
+    /// c (m,n) = or += a (m,k) · bᵀ or b + the extension's; rows of c and a are `ldc` and `lda` values apart.
     pub(super) fn gemm(
         &self,
         kind: Gemm,
-        c: Arg,
-        (a, b): (Arg, Arg),
+        (c, ldc): (Arg, usize),
+        ((a, lda), b): ((Arg, usize), Arg),
         (m, n, k): (usize, usize, usize),
         extension: Extension,
         write: Write,
@@ -82,9 +82,9 @@ impl Cuda {
         let add = int(usize::from(write == Write::Add));
         let args = [
             c,
-            int(n),
+            int(ldc),
             a,
-            int(k),
+            int(lda),
             b,
             int(ldb),
             a2,
@@ -104,14 +104,14 @@ impl Cuda {
         let (n, k) = (weight.rows, weight.cols);
         let shape = (x.len() / k, n, k);
         let (x, y, w) = (self.input(x, Rounded), self.output(y, Rounded), self.dense(weight));
-        self.gemm(Gemm::Nt, y.arg(), (x.arg(), w.arg()), shape, None, write);
+        self.gemm(Gemm::Nt, (y.arg(), n), ((x.arg(), k), w.arg()), shape, None, write);
     }
 
     pub(super) fn linear_back(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
         let shape = (dy.len() / n, k, n);
         let (dy, dx, w) = (self.input(dy, Rounded), self.output(dx, Rounded), self.dense(weight));
-        self.gemm(Gemm::Nn, dx.arg(), (dy.arg(), w.arg()), shape, None, write);
+        self.gemm(Gemm::Nn, (dx.arg(), k), ((dy.arg(), n), w.arg()), shape, None, write);
     }
 
     /// y (T,N) = x (T,K) · Wᵀ + h · Bᵀ, or without W y += h · Bᵀ; writes h.
@@ -132,9 +132,13 @@ impl Cuda {
         match weight {
             Some(weight) => {
                 let (w, extension) = (self.dense(weight), Some((h.arg(), b.arg(), r)));
-                self.gemm(Gemm::Nt, y.arg(), (x.arg(), w.arg()), (t, n, k), extension, Write::Overwrite);
+                let from = ((x.arg(), k), w.arg());
+                self.gemm(Gemm::Nt, (y.arg(), n), from, (t, n, k), extension, Write::Overwrite);
             }
-            None => self.gemm(Gemm::Nt, y.arg(), (h.arg(), b.arg()), (t, n, r), None, Write::Add),
+            None => {
+                let from = ((h.arg(), r), b.arg());
+                self.gemm(Gemm::Nt, (y.arg(), n), from, (t, n, r), None, Write::Add);
+            }
         }
     }
 
@@ -162,9 +166,13 @@ impl Cuda {
         match weight {
             Some(weight) => {
                 let (w, extension) = (self.dense(weight), Some((dh.arg(), a.arg(), r)));
-                self.gemm(Gemm::Nn, dx.arg(), (dy.arg(), w.arg()), (t, k, n), extension, write);
+                let from = ((dy.arg(), n), w.arg());
+                self.gemm(Gemm::Nn, (dx.arg(), k), from, (t, k, n), extension, write);
             }
-            None => self.gemm(Gemm::Nn, dx.arg(), (dh.arg(), a.arg()), (t, k, r), None, write),
+            None => {
+                let from = ((dh.arg(), r), a.arg());
+                self.gemm(Gemm::Nn, (dx.arg(), k), from, (t, k, r), None, write);
+            }
         }
     }
 
