@@ -73,7 +73,7 @@ DEVICE void advance(Eight (&rows)[TAPS]) {
     for (int tap = 0; tap + 1 < TAPS; tap++) rows[tap] = rows[tap + 1];
 }
 
-KERNEL __launch_bounds__(128)
+KERNEL __launch_bounds__(128, 4)
     causal_conv(bf16* y, const bf16* x, const float* weight, const float* bias, const Span* spans,
                 const int2* tiles, const int* slots, const float* past, float* next, int channels, int taps) {
     Tile tile = tile_of(spans, tiles, channels, aligned(x, y) && aligned(bias, past, next));
@@ -109,7 +109,7 @@ KERNEL __launch_bounds__(128)
     }
 }
 
-KERNEL __launch_bounds__(128)
+KERNEL __launch_bounds__(128, 3)
     causal_conv_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight, const float* bias,
                          const Span* spans, const int2* tiles, int channels, int taps) {
     Tile tile = tile_of(spans, tiles, channels, aligned(x, dy, dx) && aligned(bias));

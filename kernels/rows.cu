@@ -139,8 +139,7 @@ KERNEL __launch_bounds__(128) column_dots(float* partial, const bf16* x, const b
 #pragma unroll
         for (int i = 0; i < 8; i++) sum.at[i] += a.at[i] * b.at[i];
     }
-    float* to = partial + (i64)blockIdx.y * n + first;
-    for (int i = 0; i < count; i++) to[i] = sum.at[i];
+    store_eight(partial + (i64)blockIdx.y * n + first, sum, count, wide);
 }
 
 // gradient (n) += the partial sums (parts, n) added in order, over norms (n).

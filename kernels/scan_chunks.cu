@@ -26,7 +26,8 @@
 // bound by memory. Products: 64 · 64 · 64 once and 64 · 64 · 128 three times.
 //
 // Versions
-//   v1  this. To try on a device: chunks of 128 rows, which halve the states' traffic.
+//   v1  this. To try on a device: chunks of 128 rows, which halve the states' traffic; several heads of a group a
+//       block in `scan_outputs`, which share c · b and its loads.
 #include "common.cuh"
 #include "chunk.cuh"
 #include "eight.cuh"

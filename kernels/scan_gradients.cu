@@ -24,7 +24,8 @@
 // are f32 sums.
 //
 // Products a head and chunk: 64 · 64 · 64 twice and 64 · 64 · 128 five times, 6 MFLOP for 24 KB of rows and 48 KB
-// of states: bound by memory on large cards, by one block a multiprocessor on small ones.
+// of states, with 14 PTX instructions a warp for each of mma.sync. One block a multiprocessor, so expected to be
+// bound by the latency of its loads.
 //
 // Versions
 //   v1  this.
