@@ -303,7 +303,7 @@ fn check(shape: &Shape) {
     let expected = expected(shape, &inputs);
     let name = format!("{shape:?}");
     for (way, launch) in [("whole", launch as fn(_, _, _, _) -> _), ("in parts", launch_parts)] {
-        let run = |order| launch(kernels("attention.cu"), shape, &inputs, order).unwrap();
+        let run = |order| launch(kernels("attention.cu"), shape, &inputs, order).expect("no fault");
         let (got, reverse): (Outcome, Outcome) = (run(Order::Forward), run(Order::Reverse));
         assert_within(&format!("out of {name}, {way}"), &got.out, &expected.out, &expected.bound);
         // Scores below 32 with an error of some units in the last place.

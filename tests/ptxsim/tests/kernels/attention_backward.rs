@@ -239,7 +239,7 @@ impl<'a> Problem<'a> {
     }
 
     fn check(&self) {
-        let run = |order| self.launch(kernels("attention_backward.cu"), order).unwrap();
+        let run = |order| self.launch(kernels("attention_backward.cu"), order).expect("no fault");
         let (got, reverse) = (run(Order::Forward), run(Order::Reverse));
         let expected = gradients(self.shape, &self.inputs, &self.saved);
         for (name, i) in [("dq", 0), ("dk", 1), ("dv", 2)] {
@@ -313,7 +313,7 @@ fn delta_is_the_product_of_the_output_and_its_gradient() {
         // A lane adds up to 64 products of up to 16 each.
         let tolerance = Tolerance::f32(1.0, 64.0 * 256.0 / f64::from(1 << 24));
         assert_close("delta", &download(&device, delta, t * heads), &expected, tolerance);
-        if dim % 16 == 0 {
+        if dim.is_multiple_of(16) {
             assert_eq!((counts.load_efficiency(), counts.store_efficiency() > 0.9), (1.0, t * heads >= 8));
         }
     }
