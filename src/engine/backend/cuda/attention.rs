@@ -69,10 +69,24 @@ fn query_tiles(spans: &[Span]) -> Vec<[usize; 2]> {
     spans.iter().enumerate().flat_map(of_span).collect()
 }
 
-/// (first row, rows, visits from, visits to) of each tile of keys, and (first row, queries, offset, 0) of each visit: the
-/// queries of one span that see any key of the tile, as `attention_backward.cu` has them. Those with the most queries
-/// come first.
-fn key_tiles(spans: &[Span]) -> (Vec<[usize; 4]>, Vec<[usize; 4]>) {
+/// What the grid of the keys' gradients is made of, as `attention_backward.cu` has it.
+struct KeyLists {
+    /// (first row, rows, visits from, visits to, slot or `WHOLE`) of each tile, those that most queries visit first.
+    tiles: Vec<[usize; 5]>,
+    /// (first row, queries, offset, 0): the queries of one span that see any key of a tile.
+    visits: Vec<[usize; 4]>,
+    /// (first row, rows, first slot, slots) of each tile that is cut.
+    sums: Vec<[usize; 4]>,
+    /// Partial sums to make room for.
+    slots: usize,
+}
+
+/// The slot of a tile that is not cut: -1 on the device.
+const WHOLE: usize = usize::MAX;
+
+/// A tile that very many queries see, that of a prefix, is cut so that no block keeps the others waiting: into at most some
+/// 128 parts in all.
+fn key_lists(spans: &[Span]) -> KeyLists {
     let mut tiles = Vec::new();
     for span in spans {
         // No tile lies across the end of a prefix.
@@ -83,18 +97,47 @@ fn key_tiles(spans: &[Span]) -> (Vec<[usize; 4]>, Vec<[usize; 4]>) {
         for cut in cuts.windows(2) {
             for row in (cut[0]..cut[1]).step_by(KEYS) {
                 let visits: Vec<[usize; 4]> = spans.iter().filter_map(|span| visit(span, row)).collect();
-                tiles.push((row, KEYS.min(cut[1] - row), visits));
+                let queries: usize = visits.iter().map(|visit| visit[1]).sum();
+                tiles.push((queries, row, KEYS.min(cut[1] - row), visits));
             }
         }
     }
-    tiles.sort_by_key(|(_, _, visits)| Reverse(visits.iter().map(|visit| visit[1]).sum::<usize>()));
-    let mut all = Vec::new();
-    let tiles = tiles.into_iter().map(|(row, rows, visits)| {
-        let from = all.len();
-        all.extend(visits);
-        [row, rows, from, all.len()]
-    });
-    (tiles.collect(), all)
+    tiles.sort_by_key(|&(queries, ..)| Reverse(queries));
+    let all: usize = tiles.iter().map(|&(queries, ..)| queries).sum();
+    let most = (all / 64).next_multiple_of(64).max(512);
+    let mut lists = KeyLists { tiles: Vec::new(), visits: Vec::new(), sums: Vec::new(), slots: 0 };
+    for (queries, row, rows, visits) in tiles {
+        let parts = cut(&visits, most);
+        if queries > most {
+            lists.sums.push([row, rows, lists.slots, parts.len()]);
+        }
+        for part in parts {
+            let from = lists.visits.len();
+            lists.visits.extend(part);
+            let slot = if queries > most { lists.slots } else { WHOLE };
+            lists.tiles.push([row, rows, from, lists.visits.len(), slot]);
+            lists.slots += usize::from(queries > most);
+        }
+    }
+    lists
+}
+
+/// Visits in parts of `most` queries.
+fn cut(visits: &[[usize; 4]], most: usize) -> Vec<Vec<[usize; 4]>> {
+    let (mut parts, mut part, mut room) = (Vec::new(), Vec::new(), most);
+    for &[mut row, mut queries, mut offset, _] in visits {
+        while queries > 0 {
+            if room == 0 {
+                parts.push(std::mem::take(&mut part));
+                room = most;
+            }
+            let taken = queries.min(room);
+            part.push([row, taken, offset, 0]);
+            (row, queries, offset, room) = (row + taken, queries - taken, offset + taken, room - taken);
+        }
+    }
+    parts.push(part);
+    parts
 }
 
 /// The queries of a span that see the key at `row`, and with it any of its tile.
@@ -209,15 +252,24 @@ impl Cuda {
         self.start(kernels.queries, Launch { grid, block: 128, shared }, &args);
         self.unpad(dq.arg(), &wide_dq, dims);
 
-        let (tiles, visits) = key_tiles(shape.spans);
+        let KeyLists { tiles, visits, sums, slots } = key_lists(shape.spans);
         let list = self.list(tiles.iter().flatten().copied());
         let visits = self.list(visits.iter().flatten().copied());
         let (dk, dv) = (self.output(gradient.dk, Rounded), self.output(gradient.dv, Rounded));
         let [wide_dk, wide_dv] = [&dk, &dv].map(|values| self.heads(values.arg(), lengths[1], dims));
-        let to = [wide_dk.arg(), wide_dv.arg()];
+        let partial =
+            DeviceBuffer::new(&self.device, (slots * shape.kv_heads * 2 * KEYS * wide).max(1), Exact);
+        let to = [wide_dk.arg(), wide_dv.arg(), Arg::Pointer(partial.at(Exact))];
         let args = [&to[..], &from, &[list.arg(), visits.arg()], &map].concat();
         let grid = [tiles.len() as u32, shape.kv_heads as u32, wide.div_ceil(128) as u32];
         self.start(kernels.keys, Launch { grid, block: 128, shared: shared + 512 }, &args);
+        if !sums.is_empty() {
+            let list = self.list(sums.iter().flatten().copied());
+            let sizes = [int(shape.kv_heads), int(wide), Arg::F32(shape.scale)];
+            let args = [&to[..], &[list.arg()], &sizes].concat();
+            let grid = [sums.len() as u32, shape.kv_heads as u32, 2];
+            self.start("attention_backward_sums", Launch { grid, block: 256, shared: 0 }, &args);
+        }
         self.unpad(dk.arg(), &wide_dk, dims);
         self.unpad(dv.arg(), &wide_dv, dims);
     }
