@@ -29,9 +29,9 @@ mod nvrtc;
 mod operand;
 mod program;
 mod recurrent;
-mod toolkit;
 #[cfg(test)]
 pub(crate) mod simulator;
+mod toolkit;
 
 pub(crate) use device::DeviceBuffer;
 pub use found::{CudaError, Gpu, cuda_version};

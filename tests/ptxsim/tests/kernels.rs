@@ -16,12 +16,12 @@ mod kernels {
     mod nf4;
     mod noise;
     mod norm;
+    mod optimizer;
     mod orders;
     mod rope;
     mod rows;
     mod scan;
     mod scan_case;
-    mod optimizer;
     mod scan_chunks;
     mod shared;
     mod spans;
