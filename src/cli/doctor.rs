@@ -124,8 +124,8 @@ fn look(cpu: Cpu, store: &Path) -> Findings {
     let toolkit = Toolkit::found();
     let files: Vec<File> =
         toolkit.iter().flat_map(|toolkit| toolkit.compile(&architecture)).map(file).collect();
-    let refused = files.iter().find_map(|file| file.problem.as_ref());
-    let compiled_by = if toolkit.is_ok() && refused.is_none() { "nvrtc" } else { "driver" };
+    let refused = files.iter().any(|file| file.problem.is_some());
+    let compiled_by = if toolkit.is_ok() && !refused { "nvrtc" } else { "driver" };
     // Without a GPU nothing has to be compiled.
     if compiled_by == "driver" && taken.is_ok() {
         next.push(format!("for kernels made for this GPU: {GET_NVRTC}"));
@@ -134,7 +134,7 @@ fn look(cpu: Cpu, store: &Path) -> Findings {
         Ok(toolkit) => Nvrtc {
             place: Some(toolkit.place().display().to_string()),
             version: Some(toolkit.version()),
-            problem: refused.cloned(),
+            problem: None,
         },
         Err(missing) => Nvrtc { place: None, version: None, problem: Some(missing.to_string()) },
     };
@@ -212,7 +212,9 @@ fn lines(findings: &Findings) -> Vec<String> {
     };
     lines.push(row("kernels", text));
     for File { file, problem } in &kernels.files {
-        lines.extend(problem.as_ref().map(|problem| row("", format!("{file}: {problem}"))));
+        // The compiler's log runs over many lines; the JSON has them all.
+        let first = problem.as_ref().and_then(|problem| problem.lines().next());
+        lines.extend(first.map(|first| row("", format!("{file}: {first}"))));
     }
     lines.push(row("cublaslt", cublaslt.clone().unwrap_or_else(|| "not found; nothing needs it".to_owned())));
     lines.push(row("store", store.clone()));
