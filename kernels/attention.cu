@@ -3,10 +3,11 @@
 //   out = softmax(map(q · kᵀ)) · v     per head, map(s) = scale · s, or softcap · tanh(scale · s / softcap)
 //   logsumexp = log(sum of exp(map(s)) over the keys seen), natural
 //
-// Shapes: q, out (T, heads·D) bf16; k, v (rows, kv_heads·D) bf16; logsumexp (T, heads) f32. scale > 0; softcap 0: none.
-// Head h reads the keys and values of head h / (heads / kv_heads). Overwrites the rows of the spans' queries.
-// A span's keys have positions: first those of its prefix, then its own; its queries are the last positions. A query
-// sees the keys not after it, with window > 0 only the last `window` of them, itself among them.
+// Shapes: q, out (T, heads·D) bf16; k, v (rows, kv_heads·D) bf16; logsumexp (T, heads) f32. scale > 0; softcap 0:
+// none. Head h reads the keys and values of head h / (heads / kv_heads). Overwrites the rows of the spans'
+// queries. A span's keys have positions: first those of its prefix, then its own; its queries are the last
+// positions. A query sees the keys not after it, with window > 0 only the last `window` of them, itself among
+// them.
 //
 //   entry                                         grid                        block  dynamic shared memory
 //   attention_D, D = 16 32 64 96 128 256          (tiles, heads)              128    256 · D bytes
@@ -18,27 +19,30 @@
 //   for span in 0..spans { for first in (0..queries of span).step_by(64) { tiles.push((span, first)) } }
 // In any order: no result depends on it. Those with the most keys first end soonest together.
 //
-// parts int4 (span, first row, first position, keys), `count` of them: some keys of a span for 16 of its rows, where row r is
-// of query r / group and head r % group of the heads / kv_heads = group that share the keys. The parts of the same rows
-// follow each other and hold every position that a query sees once, other positions may be among them. joins int4 (span,
-// first row, first part, parts). partial f32: count · kv_heads · 16 · (D + 2). Parts of 64 keys are many enough to read
-// a cache with the whole device; a result depends on how keys are parted.
+// parts int4 (span, first row, first position, keys), `count` of them: some keys of a span for 16 of its rows,
+// where row r is of query r / group and head r % group of the heads / kv_heads = group that share the keys. The
+// parts of the same rows follow each other and hold every position that a query sees once, other positions may be
+// among them. joins int4 (span, first row, first part, parts). partial f32: count · kv_heads · 16 · (D + 2). Parts
+// of 64 keys are many enough to read a cache with the whole device; a result depends on how keys are parted.
 //
-// A warp has 16 queries in registers, with their output and its scores; a block's four warps share tiles of 64 keys (32 at
-// D = 256) that cp.async brings while they compute: values while scores are made, the next keys during softmax and
-// output. Softmax is that of the keys so far, corrected as its maximum grows. Tiles begin at multiples of their size, so
-// a query's bits are the same whatever queries share its tile. A warp leaves out the 16 keys at a time that none of its
-// queries sees. Of parts, each warp has its own and meets no barrier; the heads of a group are rows of one tile, so that
-// keys and values are read once.
+// A warp has 16 queries in registers, with their output and its scores; a block's four warps share tiles of 64
+// keys (32 at D = 256) that cp.async brings while they compute: values while scores are made, the next keys during
+// softmax and output. Softmax is that of the keys so far, corrected as its maximum grows. Tiles begin at multiples
+// of their size, so a query's bits are the same whatever queries share its tile. A warp leaves out the 16 keys at
+// a time that none of its queries sees. Of parts, each warp has its own and meets no barrier; the heads of a group
+// are rows of one tile, so that keys and values are read once.
 //
-// Moves q and out once, k and v once per tile of queries (mostly from L2). 4 · D flops a pair on tensor cores: bound by
-// them from some 200 keys on, below by the latency of a tile. Parts: bound by reading k and v.
+// Moves q and out once, k and v once per tile of queries (mostly from L2). 4 · D flops a pair on tensor cores:
+// bound by them from some 200 keys on, below by the latency of a tile. Parts: bound by reading k and v.
 //
-// Versions
-//   v1  padded rows in shared memory: 52 KiB at D = 128, one block a multiprocessor on consumer cards.
-//   v2  permuted rows, the tile of queries lends its place to the values: 32 KiB, two blocks (registers).
-//   v3  this: addresses of fragments are two lane constants and immediates: at D = 128 the inner loop is some 750 instructions
-//       instead of 1150 for 128 products, so that it is the tensor cores that are waited for where a product takes 8 cycles.
+// Versions (instructions of the inner loop for sm_89 at D = 128, with those for masks and caps that are mostly
+// jumped over; 128 of them products)
+//   v1  permuted rows instead of padded ones and the queries' tile lent to the values: 32 KiB at D = 128 instead
+//       of 52, so that registers alone limit blocks. Addresses of fragments in 64 bits: 1501.
+//   v2  addresses of fragments are two lane constants and immediates: 1109.
+//   v3  this: sums are corrected only where a maximum has grown.
+//   Not tried: two blocks of 16 queries a warp, which would halve the loads of keys' and values' fragments where
+//   those bind (cards with 8 cycles a product or less).
 #include "common.cuh"
 #include "attention.cuh"
 #include "span.cuh"
@@ -50,12 +54,13 @@ constexpr int QUERIES = WARPS * 16;
 // The softmax of the keys so far and their values' sum, of 16 queries: the lane's rows are lane / 4 and 8 more.
 template <int D> struct Softmax {
     float sums[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
-    // The exponents of two that have been taken off, and their last change.
+    // The exponents of two that have been taken off.
     float shift[2];
 
-    // Turns scores into probabilities, relative to the most so far; `factor` > 0 makes them exponents of two. `total` is
-    // of the lane's columns only.
+    // Turns scores into probabilities, relative to the most so far; `factor` > 0 makes them exponents of two.
+    // `total` is of the lane's columns only.
     template <int N> DEVICE void take(float (&scores)[N][4], float factor) {
+        float correction[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float more = most[half];
@@ -64,14 +69,15 @@ template <int D> struct Softmax {
             more = fmaxf(more, exchange(more, 1));
             more = fmaxf(more, exchange(more, 2));
             shift[half] = more == MINUS_INFINITY ? 0.0f : more * factor;
-            const float correction = power_of_two(most[half] * factor - shift[half]);
+            correction[half] = power_of_two(most[half] * factor - shift[half]);
             most[half] = more;
-            total[half] *= correction;
+            total[half] *= correction[half];
+        }
+        if (__any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f)) {
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                sums[n][half * 2] *= correction;
-                sums[n][half * 2 + 1] *= correction;
-            }
+            for (int n = 0; n < D / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) sums[n][i] *= correction[i / 2];
         }
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -104,23 +110,6 @@ template <int D> struct Softmax {
     }
 };
 
-// The map of scores, in two parts: what is done to them first, and the factor that makes exponents of two of them.
-struct ScoreMap {
-    float capped, factor;
-
-    DEVICE ScoreMap(float scale, float softcap)
-        : capped(softcap > 0.0f ? 2.0f * LOG2_E * scale / softcap : 0.0f),
-          factor((softcap > 0.0f ? softcap : scale) * LOG2_E) {}
-
-    template <int N> DEVICE void cap(float (&scores)[N][4]) const {
-        if (capped == 0.0f) return;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
-    }
-};
-
 template <int D>
 DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans,
                    const int2* tiles, int heads, int kv_heads, float scale, float softcap, int window) {
@@ -131,7 +120,8 @@ DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, co
     const Tile<D> k_tile = {shared_address(shared)}, v_tile = {k_tile.address + KEYS * D * 2};
     const Tile<D> q_tile = {HELD ? v_tile.address : v_tile.address + KEYS * D * 2};
 
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4,
+              lane_column = lane % 4 * 2;
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads);
     const int2 tile = tiles[blockIdx.x];
     const Span span = spans[tile.x];
@@ -177,7 +167,7 @@ DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, co
         float scores[GROUPS * 2][4];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
-            float(&left)[4] = scores[group * 2], (&right)[4] = scores[group * 2 + 1];
+            float (&left)[4] = scores[group * 2], (&right)[4] = scores[group * 2 + 1];
             const bool seen = group_begin <= group && group < group_end;
 #pragma unroll
             for (int i = 0; i < 4; i++) left[i] = right[i] = seen ? 0.0f : MINUS_INFINITY;
@@ -228,7 +218,8 @@ DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, co
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             const float* sums = softmax.sums[n] + half * 2;
-            *(u32*)(staged + Tile<D>::offset(r, n) + lane_column * 2) = to_bf16x2(sums[0] * inverse, sums[1] * inverse);
+            *(u32*)(staged + Tile<D>::offset(r, n) + lane_column * 2) =
+                to_bf16x2(sums[0] * inverse, sums[1] * inverse);
         }
     }
     __syncwarp();
@@ -242,10 +233,12 @@ DEVICE void attend(bf16* out, float* logsumexp, const bf16* q, const bf16* k, co
 }
 
 template <int D>
-DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int4* parts,
-                        int count, int heads, int kv_heads, float scale, float softcap, int window) {
+DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans,
+                        const int4* parts, int count, int heads, int kv_heads, float scale, float softcap,
+                        int window) {
     constexpr int STEPS = D / 16;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4,
+              lane_column = lane % 4 * 2;
     const int index = blockIdx.x * WARPS + warp, kv_head = blockIdx.y, group = heads / kv_heads;
     // No barrier follows but those of warps.
     if (index >= count) return;
@@ -305,7 +298,8 @@ DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int key = at + n * 8 + lane_column + i % 2, query = position[i / 2];
-                if (key >= end || key > query || window > 0 && key <= query - window) scores[n][i] = MINUS_INFINITY;
+                if (key >= end || key > query || window > 0 && key <= query - window)
+                    scores[n][i] = MINUS_INFINITY;
             }
         softmax.take(scores, map.factor);
         wait_for_copies<1>();
@@ -325,7 +319,8 @@ DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16
         if (r >= rows) continue;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
-            store_pair(partial + r * D + n * 8 + lane_column, softmax.sums[n][half * 2], softmax.sums[n][half * 2 + 1]);
+            store_pair(partial + r * D + n * 8 + lane_column, softmax.sums[n][half * 2],
+                       softmax.sums[n][half * 2 + 1]);
         const float total = softmax.total[half], shift = total > 0.0f ? softmax.shift[half] : MINUS_INFINITY;
         if (lane % 4 == 0) store_pair(stats + r * 2, shift, total);
     }
@@ -333,8 +328,8 @@ DEVICE void attend_part(float* partial, const bf16* q, const bf16* k, const bf16
 
 // A warp a row; its lanes hold four neighbouring values each, 128 at a time.
 KERNEL __launch_bounds__(THREADS)
-    attention_join(bf16* out, float* logsumexp, const float* partial, const Span* spans, const int4* joins, int count,
-                   int heads, int kv_heads, int head_dim) {
+    attention_join(bf16* out, float* logsumexp, const float* partial, const Span* spans, const int4* joins,
+                   int count, int heads, int kv_heads, int head_dim) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y, group = heads / kv_heads;
     // Span, first row, first part, parts.
     const int4 join = joins[blockIdx.x];
@@ -349,7 +344,8 @@ KERNEL __launch_bounds__(THREADS)
         for (int part = lane; part < join.w; part += WARP)
             total += stats[slot(part) * 2 + 1] * power_of_two(stats[slot(part) * 2] - most);
         total = warp_sum(total);
-        const i64 row = join.y + r, at = (span.queries_start + row / group) * heads + kv_head * group + row % group;
+        const i64 row = join.y + r,
+                  at = (span.queries_start + row / group) * heads + kv_head * group + row % group;
         if (lane == 0) logsumexp[at] = (most + __log2f(total)) * LN_2;
         for (int d = lane * 4; d < head_dim; d += WARP * 4) {
             float4 sum = {};
@@ -362,22 +358,22 @@ KERNEL __launch_bounds__(THREADS)
                 sum.w += term.w * weight;
             }
             const float inverse = __fdividef(1.0f, total);
-            *(uint2*)(out + at * head_dim + d) =
-                make_uint2(to_bf16x2(sum.x * inverse, sum.y * inverse), to_bf16x2(sum.z * inverse, sum.w * inverse));
+            *(uint2*)(out + at * head_dim + d) = make_uint2(to_bf16x2(sum.x * inverse, sum.y * inverse),
+                                                            to_bf16x2(sum.z * inverse, sum.w * inverse));
         }
     }
 }
 
-#define ATTENTION(D, BLOCKS)                                                                                           \
-    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_##D(                                                                   \
-        bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int2* tiles, \
-        int heads, int kv_heads, float scale, float softcap, int window) {                                            \
-        attend<D>(out, logsumexp, q, k, v, spans, tiles, heads, kv_heads, scale, softcap, window);                     \
-    }                                                                                                                  \
-    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_parts_##D(                                                     \
-        float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int4* parts, int count,  \
-        int heads, int kv_heads, float scale, float softcap, int window) {                                             \
-        attend_part<D>(partial, q, k, v, spans, parts, count, heads, kv_heads, scale, softcap, window);                \
+#define ATTENTION(D, BLOCKS)                                                                                      \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_##D(                                                      \
+        bf16* out, float* logsumexp, const bf16* q, const bf16* k, const bf16* v, const Span* spans,              \
+        const int2* tiles, int heads, int kv_heads, float scale, float softcap, int window) {                     \
+        attend<D>(out, logsumexp, q, k, v, spans, tiles, heads, kv_heads, scale, softcap, window);                \
+    }                                                                                                             \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_parts_##D(                                                \
+        float* partial, const bf16* q, const bf16* k, const bf16* v, const Span* spans, const int4* parts,        \
+        int count, int heads, int kv_heads, float scale, float softcap, int window) {                             \
+        attend_part<D>(partial, q, k, v, spans, parts, count, heads, kv_heads, scale, softcap, window);           \
     }
 
 // Blocks a multiprocessor are what registers allow.

@@ -1,10 +1,11 @@
-// What the forward and the backward of attention share: tiles in shared memory, fragments, and the functions of scores.
+// What the forward and the backward of attention share: tiles in shared memory, fragments, and the functions of
+// scores.
 #pragma once
 
 #include "common.cuh"
 
-// A tile of rows of D values in shared memory, D a multiple of 16. The pieces of eight values of a row are permuted by its
-// number, so that no access meets a bank twice, without padding.
+// A tile of rows of D values in shared memory, D a multiple of 16. The pieces of eight values of a row are
+// permuted by its number, so that no access meets a bank twice, without padding.
 template <int D> struct Tile {
     static constexpr int BITS = D / 8 % 8 == 0 ? 3 : D / 8 % 4 == 0 ? 2 : 1;
     u32 address;
@@ -14,23 +15,23 @@ template <int D> struct Tile {
     // Where a piece begins, in bytes.
     static DEVICE u32 offset(int row, int piece) { return row * (D * 2) + (piece ^ permuted(row)) * 16; }
 
-    // Brings the first `count` of ROWS rows, zeros for the rest. `row_of` gives the row of each; `from` is where the D
-    // values of row 0 begin, `stride` from row to row. By THREADS threads.
+    // Brings the first `count` of ROWS rows, zeros for the rest. `row_of` gives the row of each; `from` is where
+    // the D values of row 0 begin, `stride` from row to row. By THREADS threads, of which this is `thread`.
     template <int ROWS, int THREADS, class RowOf>
-    DEVICE void copy_rows(const bf16* from, int stride, int count, RowOf row_of) const {
+    DEVICE void copy_rows(const bf16* from, int stride, int count, RowOf row_of, int thread = threadIdx.x) const {
         constexpr int PIECES = D / 8;
 #pragma unroll
         for (int first = 0; first < ROWS * PIECES; first += THREADS) {
-            const int index = first + threadIdx.x, r = index / PIECES, piece = index % PIECES;
+            const int index = first + thread, r = index / PIECES, piece = index % PIECES;
             if (ROWS * PIECES % THREADS != 0 && r >= ROWS) break;
             const bf16* at = from + (i64)row_of(min(r, count - 1)) * stride + piece * 8;
             copy_async(address + offset(r, piece), at, r < count ? 16 : 0);
         }
     }
 
-    // Fragments of 16 rows from `row` and 16 columns from that of `piece`, both multiples of 16 values. Lane l reads the
-    // piece (l / 16) of row l % 16, or the other way round: of all that is in an address, only two bits depend on both
-    // the lane and the piece.
+    // Fragments of 16 rows from `row` and 16 columns from that of `piece`, both multiples of 16 values. Lane l
+    // reads the piece (l / 16) of row l % 16, or the other way round: of all that is in an address, only two bits
+    // depend on both the lane and the piece.
     DEVICE u32 lane_address(int lane_row, int lane_piece, int row, int piece) const {
         const int low = piece & ((1 << BITS) - 1), high = piece - low;
         const u32 lane = address + lane_row * (D * 2);
@@ -86,3 +87,31 @@ DEVICE float power_of_two(float x) {
 DEVICE float hyperbolic_tangent(float x, float factor) {
     return 1.0f - __fdividef(2.0f, 1.0f + power_of_two(x * factor));
 }
+
+// The map of attention's scores, scale · s or softcap · tanh(scale · s / softcap), in two parts: what is done to
+// them first where there is a cap, and the factor that makes exponents of two of them.
+struct ScoreMap {
+    float capped, factor;
+
+    DEVICE ScoreMap(float scale, float softcap)
+        : capped(softcap > 0.0f ? 2.0f * LOG2_E * scale / softcap : 0.0f),
+          factor((softcap > 0.0f ? softcap : scale) * LOG2_E) {}
+
+    template <int N> DEVICE void cap(float (&scores)[N][4]) const {
+        if (capped == 0.0f) return;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
+    }
+
+    // Multiplies the gradients of what is capped by the slope there.
+    template <int N> DEVICE void cap(float (&scores)[N][4], float (&gradients)[N][4]) const {
+        if (capped == 0.0f) return;
+        cap(scores);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) gradients[n][i] *= 1.0f - scores[n][i] * scores[n][i];
+    }
+};

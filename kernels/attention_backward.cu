@@ -4,9 +4,9 @@
 //   ds = p · (dout · vᵀ - delta) · map'(q · kᵀ)
 //   dq = ds · k,   dk = dsᵀ · q,   dv = pᵀ · dout
 //
-// Shapes: q, out, dout, dq (T, heads·D) bf16; k, v, dk, dv (T, kv_heads·D) bf16; logsumexp, delta (T, heads) f32, saved by
-// the forward and made by attention_delta. Overwrites; dk and dv of a prefix are sums over all spans that see it, and all
-// of them over the heads of a group. scale, softcap, window and spans as in the forward.
+// Shapes: q, out, dout, dq (T, heads·D) bf16; k, v, dk, dv (T, kv_heads·D) bf16; logsumexp, delta (T, heads) f32,
+// saved by the forward and made by attention_delta. Overwrites; dk and dv of a prefix are sums over all spans that
+// see it, and all of them over the heads of a group. scale, softcap, window and spans as in the forward.
 //
 //   entry                         grid                                block  dynamic shared memory
 //   attention_delta               ceil(t · heads / 64)                256    0
@@ -16,30 +16,34 @@
 // D = 16 32 64 96 128 256; head_dim is a multiple of 8. -DHEAD_DIM=64 compiles the entries of that head dim only.
 //
 // tiles: those of the forward, one list for both. A dq of 64 queries is one block's.
-// key tiles: at most 64 rows each, all in one span's keys and all or none of them in a prefix. Each has at least one visit.
-// visits int4 (first row, queries, offset, 0): the queries of one span that see any key of the tile, where query i (from 0)
-// sees key j of the tile if j <= offset + i, and with a window if j > offset + i - window:
+// key tiles: at most 64 rows each, all in one span's keys and all or none of them in a prefix. Each has at least
+// one visit. visits int4 (first row, queries, offset, 0): the queries of one span that see any key of the tile,
+// where query i (from 0) sees key j of the tile if j <= offset + i, and with a window if j > offset + i - window:
 //   offset = position of the first query - position of the tile's first key, in the query's span
-// Queries that see nothing may be in a visit, no query may be in two visits of a tile. So that one list serves layers with
-// a window and without, make it without. A visit may be cut: (row + n, queries - n, offset + n) is its rest.
-// One block adds up the visits of a key tile in their order, heads outside. A tile that very many queries see (that of a
-// prefix) is cut: it is in the list several times with other visits, and slots that follow each other; the sums of each go
-// to `partial` (slots, kv_heads, 2, 64, D) f32 and are added in the slots' order by attention_backward_sums:
+// Queries that see nothing may be in a visit, no query may be in two visits of a tile. So that one list serves
+// layers with a window and without, make it without. A visit may be cut: (row + n, queries - n, offset + n) is its
+// rest. One block adds up the visits of a key tile in their order, heads outside. A tile that very many queries
+// see (that of a prefix) is cut: it is in the list several times with other visits, and slots that follow each
+// other; the sums of each go to `partial` (slots, kv_heads, 2, 64, D) f32 and are added in the slots' order by
+// attention_backward_sums:
 //   sums int4 (first row, rows, first slot, slots)
 // All orders are the lists', so dk and dv are the same bits in every run.
 //
-// A warp has 16 rows (queries, or keys) with their sums in registers. What it meets is streamed through two stages of
-// shared memory, 32 columns a stage (16 from D = 96 on): a barrier each, copies under way meanwhile. Up to D = 64 the
-// fragments of the rows stay in registers too. dk and dv of 256 values do not fit: two blocks have 128 columns each and
-// both make the scores.
+// A warp has 16 rows (queries, or keys) with their sums in registers. What it meets is streamed through two stages
+// of shared memory, 32 columns a stage (16 from D = 96 on): a barrier each, copies under way meanwhile. Up to D =
+// 64 the fragments of the rows stay in registers too. dk and dv of 256 values do not fit: two blocks have 128
+// columns each and both make the scores.
 //
-// 6 · D flops a pair for dq and 8 · D for dk and dv (12 · D at D = 256): bound by tensor cores. Rounds p and ds to bf16.
+// 6 · D flops a pair for dq and 8 · D for dk and dv (12 · D at D = 256): bound by tensor cores. Rounds p and ds to
+// bf16.
 //
 // Versions
-//   v1  one stage of twice the size: as much shared memory, but copies waited for.
-//   v2  two stages. A prefix of 128 tokens before 8192 others is two tiles: sixteen blocks of 2048 iterations (8 kv heads)
-//       while all else has ended.
-//   v3  this: such tiles are cut.
+//   v1  no tile cut. A prefix of 128 tokens before 8192 others is two tiles: with 8 kv heads of 4 heads sixteen
+//       blocks of 2048 iterations, while all else has ended.
+//   v2  this: such tiles are cut.
+//   Not tried: one stage of twice the columns (a sixth fewer loads of fragments, copies waited for); two blocks of
+//   rows a warp, which would halve the loads of columns' fragments where those bind (cards with 8 cycles a product
+//   or less).
 #include "common.cuh"
 #include "attention.cuh"
 #include "span.cuh"
@@ -66,27 +70,6 @@ KERNEL __launch_bounds__(256)
     sum += exchange(sum, 2);
     if (threadIdx.x % 4 == 0 && index < (i64)t * heads) delta[index] = sum;
 }
-
-// How scores become exponents of two, and their slope.
-struct ScoreMap {
-    float capped, factor;
-
-    DEVICE ScoreMap(float scale, float softcap)
-        : capped(softcap > 0.0f ? 2.0f * LOG2_E * scale / softcap : 0.0f),
-          factor((softcap > 0.0f ? softcap : scale) * LOG2_E) {}
-
-    // Caps scores and multiplies their gradients by the slope.
-    template <int N> DEVICE void cap(float (&scores)[N][4], float (&gradients)[N][4]) const {
-        if (capped == 0.0f) return;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[n][i] = hyperbolic_tangent(scores[n][i], capped);
-                gradients[n][i] *= 1.0f - scores[n][i] * scores[n][i];
-            }
-    }
-};
 
 // The 16 rows of each warp in two tiles of 64, and what they are multiplied with: two tiles of COLUMNS rows.
 template <int D> struct Rows {
@@ -119,8 +102,8 @@ template <int D> struct Rows {
     }
 
     // scores = first · left ᵀ, gradients = second · rightᵀ, in the groups of 16 columns that are seen.
-    DEVICE void multiply(float (&scores)[COLUMNS / 8][4], float (&gradients)[COLUMNS / 8][4], int stage, int group_begin,
-                         int group_end) const {
+    DEVICE void multiply(float (&scores)[COLUMNS / 8][4], float (&gradients)[COLUMNS / 8][4], int stage,
+                         int group_begin, int group_end) const {
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
@@ -153,7 +136,8 @@ DEVICE void add_product(float (&sums)[N][4], const u32 (&factor)[4], Tile<D> til
     }
 }
 
-// Stores the first `count` rows of the block's sums, each warp by way of its rows of `tile`, which it alone still uses.
+// Stores the first `count` rows of the block's sums, each warp by way of its rows of `tile`, which it alone still
+// uses.
 template <int D, int N>
 DEVICE void store_rows(bf16* out, int stride, int count, const float (&sums)[N][4], float factor, u8* tile) {
     const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * 16;
@@ -175,13 +159,14 @@ DEVICE void store_rows(bf16* out, int stride, int count, const float (&sums)[N][
 
 template <int D>
 DEVICE void backward_queries(bf16* dq, const bf16* dout, const bf16* q, const bf16* k, const bf16* v,
-                             const float* logsumexp, const float* delta, const Span* spans, const int2* tiles, int heads,
-                             int kv_heads, float scale, float softcap, int window) {
+                             const float* logsumexp, const float* delta, const Span* spans, const int2* tiles,
+                             int heads, int kv_heads, float scale, float softcap, int window) {
     constexpr int KEYS = Rows<D>::COLUMNS, GROUPS = KEYS / 16;
     extern __shared__ uint4 shared[];
     Rows<D> rows(shared_address(shared));
 
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4,
+              lane_column = lane % 4 * 2;
     const int head = blockIdx.y, kv_head = head / (heads / kv_heads);
     const int2 tile = tiles[blockIdx.x];
     const Span span = spans[tile.x];
@@ -251,7 +236,8 @@ DEVICE void backward_queries(bf16* dq, const bf16* dout, const bf16* q, const bf
 #pragma unroll
             for (int n = group * 2; n < group * 2 + 2; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) gradients[n][i] *= power_of_two(scores[n][i] * map.factor - shift[i / 2]);
+                for (int i = 0; i < 4; i++)
+                    gradients[n][i] *= power_of_two(scores[n][i] * map.factor - shift[i / 2]);
             u32 dscores[4];
             round_left(dscores, gradients[group * 2], gradients[group * 2 + 1]);
             add_product<D>(sums, dscores, rows.left(stage), group * 16, 0);
@@ -289,7 +275,8 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, float* partial, const bf16* dout, 
     // Of each stage: the log-sum-exp of its queries, then their deltas.
     float* saved = (float*)((u8*)shared + Rows<D>::BYTES + 2 * Rows<D>::STAGE_BYTES);
 
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4, lane_column = lane % 4 * 2;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, lane_row = lane / 4,
+              lane_column = lane % 4 * 2;
     const int kv_head = blockIdx.y, group_heads = heads / kv_heads, piece = blockIdx.z * (WIDTH / 8);
     const KeyTile tile = tiles[blockIdx.x];
     const int keys = tile.rows;
@@ -299,8 +286,10 @@ DEVICE void backward_keys(bf16* dk, bf16* dv, float* partial, const bf16* dout, 
     auto copy_queries = [&](int stage, int head, const int4& visit, int base) {
         const i64 row = visit.x + base;
         const int count = visit.y - base;
-        rows.left(stage).template copy_rows<QUERIES, THREADS>(q + (row * heads + head) * D, heads * D, count, same);
-        rows.right(stage).template copy_rows<QUERIES, THREADS>(dout + (row * heads + head) * D, heads * D, count, same);
+        rows.left(stage).template copy_rows<QUERIES, THREADS>(q + (row * heads + head) * D, heads * D, count,
+                                                              same);
+        rows.right(stage).template copy_rows<QUERIES, THREADS>(dout + (row * heads + head) * D, heads * D, count,
+                                                               same);
         if (threadIdx.x < 2 * QUERIES) {
             const int r = threadIdx.x % QUERIES;
             const float* from = threadIdx.x < QUERIES ? logsumexp : delta;
@@ -401,7 +390,8 @@ KERNEL __launch_bounds__(256) attention_backward_sums(bf16* dk, bf16* dv, const 
     for (int at = threadIdx.x * 4; at < tile.y * head_dim; at += blockDim.x * 4) {
         float4 sum = {};
         for (int slot = tile.z; slot < tile.z + tile.w; slot++) {
-            const float4 term = *(const float4*)(partial + (((i64)slot * kv_heads + kv_head) * 2 + blockIdx.z) * values + at);
+            const float4 term =
+                *(const float4*)(partial + (((i64)slot * kv_heads + kv_head) * 2 + blockIdx.z) * values + at);
             sum.x += term.x;
             sum.y += term.y;
             sum.z += term.z;
@@ -414,20 +404,20 @@ KERNEL __launch_bounds__(256) attention_backward_sums(bf16* dk, bf16* dv, const 
 }
 
 // Blocks a multiprocessor are what registers and shared memory allow.
-#define BACKWARD(D, BLOCKS)                                                                                            \
-    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_backward_queries_##D(                                          \
-        bf16* dq, const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* logsumexp,               \
-        const float* delta, const Span* spans, const int2* tiles, int heads, int kv_heads, float scale, float softcap, \
-        int window) {                                                                                                  \
-        backward_queries<D>(dq, dout, q, k, v, logsumexp, delta, spans, tiles, heads, kv_heads, scale, softcap,        \
-                            window);                                                                                   \
-    }                                                                                                                  \
-    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_backward_keys_##D(                                             \
-        bf16* dk, bf16* dv, float* partial, const bf16* dout, const bf16* q, const bf16* k, const bf16* v,             \
-        const float* logsumexp, const float* delta, const KeyTile* tiles, const int4* visits, int heads, int kv_heads, \
-        float scale, float softcap, int window) {                                                                      \
-        backward_keys<D>(dk, dv, partial, dout, q, k, v, logsumexp, delta, tiles, visits, heads, kv_heads, scale,      \
-                         softcap, window);                                                                             \
+#define BACKWARD(D, BLOCKS)                                                                                       \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_backward_queries_##D(                                     \
+        bf16* dq, const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* logsumexp,          \
+        const float* delta, const Span* spans, const int2* tiles, int heads, int kv_heads, float scale,           \
+        float softcap, int window) {                                                                              \
+        backward_queries<D>(dq, dout, q, k, v, logsumexp, delta, spans, tiles, heads, kv_heads, scale, softcap,   \
+                            window);                                                                              \
+    }                                                                                                             \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) attention_backward_keys_##D(                                        \
+        bf16* dk, bf16* dv, float* partial, const bf16* dout, const bf16* q, const bf16* k, const bf16* v,        \
+        const float* logsumexp, const float* delta, const KeyTile* tiles, const int4* visits, int heads,          \
+        int kv_heads, float scale, float softcap, int window) {                                                   \
+        backward_keys<D>(dk, dv, partial, dout, q, k, v, logsumexp, delta, tiles, visits, heads, kv_heads, scale, \
+                         softcap, window);                                                                        \
     }
 
 #if !defined(HEAD_DIM) || HEAD_DIM == 16

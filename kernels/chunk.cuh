@@ -1,5 +1,5 @@
-// What the scan in chunks and its gradient share: tiles of bf16 in shared memory, products of them on tensor cores, and a
-// chunk's rows.
+// What the scan in chunks and its gradient share: tiles of bf16 in shared memory, products of them on tensor
+// cores, and a chunk's rows.
 #pragma once
 
 #include "common.cuh"
@@ -36,7 +36,8 @@ template <int TILES> DEVICE void clear(float (&sum)[TILES][4]) {
     for (int j = 0; j < TILES; j++) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.0f;
 }
 
-template <int TILES> DEVICE void add_products(float (&sum)[TILES][4], int j, const u32 (&a)[4], const u32 (&b)[4]) {
+template <int TILES>
+DEVICE void add_products(float (&sum)[TILES][4], int j, const u32 (&a)[4], const u32 (&b)[4]) {
     u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
     mma_m16n8k16(sum[j], a, left);
     mma_m16n8k16(sum[j + 1], a, right);
@@ -112,7 +113,8 @@ DEVICE i64 state_at(int tile, int heads, int head, int head_dim, int first, int 
 }
 
 // dt and its running sums of one head in a chunk; after the last row dt is zero and the sum stays.
-DEVICE void load_steps(float* step, float* sum, const float* steps, const float* sums, Chunk chunk, int heads, int head) {
+DEVICE void load_steps(float* step, float* sum, const float* steps, const float* sums, Chunk chunk, int heads,
+                       int head) {
     if (threadIdx.x >= CHUNK) return;
     i64 last = chunk.row + chunk.rows - 1, row = chunk.row + threadIdx.x;
     step[threadIdx.x] = row <= last ? steps[row * heads + head] : 0.0f;

@@ -4,19 +4,21 @@
 //   dx[s] = Σ weight[taps - 1 - k] · du[s + k]              du = dy · sigmoid(u) · (1 + u · (1 - sigmoid(u)))
 //
 // Shapes: x, y, dy, dx (T, channels) bf16, dense; weight (channels, taps) f32, bias (channels) f32; taps 2 to 4.
-// Rows are the query rows of spans. `tiles`: (span, first row within that span) of every 32 rows of every span, in any
-// order. Rows before a span's first are zero, or those of its slot: past and next (slots, taps - 1, channels) f32 with
-// slots (spans), all three null where nothing is carried. `next` gets the last taps - 1 rows of each span.
-// Overwrites the rows of its spans. The gradient takes no carry and saves nothing: it recomputes u.
+// Rows are the query rows of spans. `tiles`: (span, first row within that span) of every 32 rows of every span, in
+// any order. Rows before a span's first are zero, or those of its slot: past and next (slots, taps - 1, channels)
+// f32 with slots (spans), all three null where nothing is carried. `next` gets the last taps - 1 rows of each
+// span. Overwrites the rows of its spans. The gradient takes no carry and saves nothing: it recomputes u.
 //
-// Both: grid (ceil(channels / 1024), tiles), block 128; no shared memory. A thread has eight channels and goes down the
-// rows with the last ones in registers, so a value is read once, but for three rows at either end of a tile.
+// Both: grid (ceil(channels / 1024), tiles), block 128; no shared memory. A thread has eight channels and goes
+// down the rows with the last ones in registers, so a value is read once, but for three rows at either end of a
+// tile.
 //
-// Moves 4 bytes a value forward (+ 9% at the ends), 6 backward (+ 14%): bound by memory.
+// Moves 4 bytes a value forward (+ 9% at the ends), 6 backward (+ 14%), for 15 and 33 PTX instructions: bound by
+// memory.
 //
 // Versions
-//   v1  a thread a value, which reads `taps` values through L1: four times the accesses of v2. Not kept.
-//   v2  this. Fewer taps than four are four with zeros before them.
+//   v1  this. Fewer taps than four are four with zeros before them. A thread a value would be simpler, with four
+//       times the accesses, of two bytes each.
 #include "common.cuh"
 #include "eight.cuh"
 #include "span.cuh"
@@ -35,7 +37,13 @@ DEVICE Tile tile_of(const Span* spans, const int2* tiles, int channels, bool wid
     int2 place = tiles[blockIdx.y];
     int start = spans[place.x].queries_start, stop = spans[place.x].queries_end;
     int first = start + place.y, channel = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    return {start, stop, first, min(first + ROWS, stop), channel, min(channels - channel, 8), wide && channels % 8 == 0};
+    return {start,
+            stop,
+            first,
+            min(first + ROWS, stop),
+            channel,
+            min(channels - channel, 8),
+            wide && channels % 8 == 0};
 }
 
 // The taps of eight channels, oldest first; those that are missing are zero.
@@ -65,9 +73,9 @@ DEVICE void advance(Eight (&rows)[TAPS]) {
     for (int tap = 0; tap + 1 < TAPS; tap++) rows[tap] = rows[tap + 1];
 }
 
-KERNEL __launch_bounds__(128) causal_conv(bf16* y, const bf16* x, const float* weight, const float* bias, const Span* spans,
-                                          const int2* tiles, const int* slots, const float* past, float* next, int channels,
-                                          int taps) {
+KERNEL __launch_bounds__(128, 4)
+    causal_conv(bf16* y, const bf16* x, const float* weight, const float* bias, const Span* spans,
+                const int2* tiles, const int* slots, const float* past, float* next, int channels, int taps) {
     Tile tile = tile_of(spans, tiles, channels, aligned(x, y) && aligned(bias, past, next));
     if (tile.count <= 0) return;
     x += tile.channel;
@@ -101,9 +109,9 @@ KERNEL __launch_bounds__(128) causal_conv(bf16* y, const bf16* x, const float* w
     }
 }
 
-KERNEL __launch_bounds__(128) causal_conv_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight,
-                                                   const float* bias, const Span* spans, const int2* tiles, int channels,
-                                                   int taps) {
+KERNEL __launch_bounds__(128, 3)
+    causal_conv_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight, const float* bias,
+                         const Span* spans, const int2* tiles, int channels, int taps) {
     Tile tile = tile_of(spans, tiles, channels, aligned(x, dy, dx) && aligned(bias));
     if (tile.count <= 0) return;
     x += tile.channel;

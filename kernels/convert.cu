@@ -1,7 +1,7 @@
 // Numbers from one format to another, element by element, each rounded once to nearest, ties to even.
 //
-//   grid ceil(n / 4096), block 256, no dynamic shared memory; n > 0. Arrays on 16 bytes take the fast way (4 values a
-//   load, whole sectors), others one value at a time.
+//   grid ceil(n / 4096), block 256, no dynamic shared memory; n > 0. Arrays on 16 bytes take the fast way (4
+//   values a load, whole sectors), others one value at a time.
 //   Bytes a value: 4 in and 2 out (bf16_from_f32), 2 and 2 (bf16_from_f16), 2 and 4 (f32_from_bf16).
 #include "common.cuh"
 

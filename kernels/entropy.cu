@@ -3,14 +3,15 @@
 //   cross_entropy         grid rows, block 512: nll (rows) f32, and dlogits (rows,V) bf16 where it is wanted
 //   cross_entropy_strided the same with rows of logits and dlogits `ld` values apart
 //   map_logits            grid ceil(n/1024), block 256: logits (n) f32 in place
-//   No dynamic shared memory. Rows on 16 bytes (ld a multiple of 4) go four values at a time, others one by one; both use
-//   whole sectors. With ld a multiple of 8 the products around it read aligned rows whatever the vocabulary: an odd one
-//   without it costs gemm_nn its fast copies.
+//   No dynamic shared memory. Rows on 16 bytes (ld a multiple of 4) go four values at a time, others one by one;
+//   both use whole sectors. With ld a multiple of 8 the products around it read aligned rows whatever the
+//   vocabulary: an odd one without it costs gemm_nn its fast copies.
 //
-// Logits are mapped first: softcap * tanh(scale * x / softcap), or scale * x where softcap is 0. Bound by memory: 4 bytes
-// a logit for nll, 4 in and 2 out more for the gradient (a row of 128,256 logits is 0.5 MB: it does not stay in L1).
-//   v1  largest, sum, gradient: three readings
-//   v2  largest and sum in one reading, the sum brought along as the largest grows: two readings
+// Logits are mapped first: softcap * tanh(scale * x / softcap), or scale * x where softcap is 0. Bound by memory:
+// 4 bytes a logit for nll, 4 in and 2 out more for the gradient (a row of 128,256 logits is 0.5 MB: it does not
+// stay in L1).
+//   v1  two readings: the largest and the sum in one, the sum brought along as the largest grows; 39 instructions
+//       of PTX a logit with its gradient
 #include "common.cuh"
 
 constexpr int THREADS = 512;
@@ -123,8 +124,8 @@ KERNEL __launch_bounds__(THREADS) cross_entropy(float* nll, bf16* dlogits, const
 }
 
 KERNEL __launch_bounds__(THREADS)
-    cross_entropy_strided(float* nll, bf16* dlogits, const float* logits, const int* targets, int vocabulary, int ld,
-                          float logit_scale, float softcap, float gradient_scale) {
+    cross_entropy_strided(float* nll, bf16* dlogits, const float* logits, const int* targets, int vocabulary,
+                          int ld, float logit_scale, float softcap, float gradient_scale) {
     entropy(nll, dlogits, logits, targets, vocabulary, ld, Map{logit_scale, softcap}, gradient_scale);
 }
 

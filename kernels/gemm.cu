@@ -7,25 +7,29 @@
 //   gemm_tn_partial  partial (ceil(k/split),m,n) f32 = aᵀ · b of each `split` rows of a (k,m), b (k,n)
 //   add_partials c (n) f32 += scale * the sum of partial (splits,n), in order
 //
-// The second pair carries LoRA: the sums go on over its depth, k2 = 0 for none. Matrices are row-major, rows `ld` values
-// apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to c. A sum goes
-// down its depth in steps of 16 whatever the tile: both sizes give the same bits, and the device may choose.
+// The second pair carries LoRA: the sums go on over its depth, k2 = 0 for none. Matrices are row-major, rows `ld`
+// values apart. Rows on 16 bytes come by cp.async; others value by value, several times slower. add != 0 adds to
+// c. A sum goes down its depth in steps of 16 whatever the tile: both sizes give the same bits, and the device may
+// choose.
 //
-//   kernel                        grid                                    block  shared (static)
-//   gemm_nt, gemm_nt_f32, gemm_nn ceil(m/128) * ceil(n/128)               128    49,152
-//   *_small                       ceil(m/64) * ceil(n/64)                 128    24,576
-//   gemm_tn_partial               x ceil(m/M) * ceil(n/N), z ceil(k/split)  128  36,864    (M,N) = m > n ? (128,64)
-//                                                                                           : (64,128)
-//   add_partials                  ceil(n/256)                             256    0
+//   kernel                         grid                                       block  shared (static)
+//   gemm_nt, gemm_nt_f32, gemm_nn  ceil(m/128) * ceil(n/128)                  128    49,152
+//   *_small                        ceil(m/64) * ceil(n/64)                    128    24,576
+//   gemm_tn_partial                x ceil(m/M) * ceil(n/N), z ceil(k/split)   128    36,864
+//                                  with (M,N) = (128,64) for m > n, else (64,128)
+//   add_partials                   ceil(n/256)                                256    0
 //   No dynamic shared memory.
 //
-// Tiles of c go to blocks in columns of 8, so that the blocks that run together share rows of a and of b in L2. A tile
-// of 128x128 reads (m*k*n/64) bytes by way of L2 and does 64 operations for each; four warps of 64x64 read 32 bytes of
-// shared memory a 1024 multiplications. Bound by tensor cores for k >= 512 or so; on Hopper only wgmma reaches the top.
-//   v1  two stages, 40-value rows of padding: a barrier more a step, 8 KB more for the same tiles
-//   v2  three stages of 32 deep in exchanged chunks, one barrier a step, two blocks to a processor; results stored by
-//       way of shared memory, in whole sectors
-// Results that cross lanes by shuffles instead took twice the code for the same sectors.
+// Tiles of c go to blocks in columns of 8, so that the blocks that run together share rows of a and of b in L2. A
+// tile of 128x128 reads (m*k*n/64) bytes by way of L2 and does 64 operations for each; four warps of 64x64 read 32
+// bytes of shared memory a 1024 multiplications. Bound by tensor cores for k >= 512 or so; on Hopper only wgmma
+// reaches the top.
+//   v1  three stages of 32 deep in exchanged chunks, one barrier a step, two blocks to a processor; results stored
+//       by way of shared memory, in whole sectors. No conflicts; 9.0 instructions of PTX an mma, for each chunk's
+//       place and bounds were reckoned anew
+//   v2  the exchange of a factor's chunks depends on the lane alone: 5.5
+//   v3  a thread keeps where it copies from, and rows beyond the last are the last again: 4.3 (3.3 in sm_90 code)
+// Results that cross lanes by shuffles took twice the PTX for the same sectors.
 #include "common.cuh"
 #include "panel.cuh"
 
@@ -49,7 +53,8 @@ DEVICE void put_four(bf16* to, float4 x, int add) {
                              to_bf16x2(low_f32(old.y) + x.z, high_f32(old.y) + x.w));
 }
 
-// One factor of a tile: EXTENT of its rows (or columns) by DEPTH, in panels that lie along the depth or, DOWN, across it.
+// One factor of a tile: EXTENT of its rows (or columns) by DEPTH, in panels that lie along the depth or, DOWN,
+// across it.
 template <int EXTENT, bool LEFT, bool DOWN> struct Side {
     static constexpr int ROWS = DOWN ? DEPTH : EXTENT, COLS = DOWN ? EXTENT : DEPTH;
     typedef Panel<ROWS, COLS> Block;
@@ -86,7 +91,8 @@ template <int EXTENT, bool LEFT, bool DOWN> struct Side {
     }
 
     // The same value by value, for rows that are not aligned; `beyond` is the end across the depth.
-    DEVICE static void bring_slowly(bf16* panel, const bf16* from, int ld, int first, int beyond, int depth, int end) {
+    DEVICE static void bring_slowly(bf16* panel, const bf16* from, int ld, int first, int beyond, int depth,
+                                    int end) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < Block::SIZE; i += THREADS) {
             int row = i / COLS, col = i % COLS;
@@ -96,7 +102,8 @@ template <int EXTENT, bool LEFT, bool DOWN> struct Side {
         }
     }
 
-    // Where this lane's row of a factor's four squares begins in a panel, in bytes, for a warp that begins at `across`.
+    // Where this lane's row of a factor's four squares begins in a panel, in bytes, for a warp that begins at
+    // `across`.
     DEVICE static u32 lane_at(int across) {
         int lane = threadIdx.x % WARP;
         bool sixteen = LEFT != DOWN;
@@ -199,7 +206,8 @@ template <int M, int N, Layout LAYOUT> struct Tile {
 
     // c (m,n) at (row,col) = or += the sums: 16 rows of each warp at a time by way of shared memory, so that whole
     // sectors are written. The padding keeps the rows of an mma's result in different banks.
-    template <typename To> DEVICE void store(bf16* stages, To* c, int ldc, int m, int n, int row, int col, int add) {
+    template <typename To>
+    DEVICE void store(bf16* stages, To* c, int ldc, int m, int n, int row, int col, int add) {
         constexpr int LINE = N + 8;
         static_assert(32 * LINE * 4 <= STAGES * STAGE * 2, "fits the stages");
         float* lines = (float*)stages;
@@ -221,7 +229,8 @@ template <int M, int N, Layout LAYOUT> struct Tile {
                     int line = index / (N / 4), within = index % (N / 4) * 4;
                     int at_row = row + line / 16 * (M / 2) + i * 16 + line % 16;
                     if (at_row >= m) continue;
-                    put_four(c + (i64)at_row * ldc + col + within, *(const float4*)(lines + line * LINE + within), add);
+                    float4 four = *(const float4*)(lines + line * LINE + within);
+                    put_four(c + (i64)at_row * ldc + col + within, four, add);
                 }
             } else {
 #pragma unroll 1
@@ -245,19 +254,19 @@ template <int M, int N> DEVICE void place(int m, int n, int& row, int& col) {
     col = within / height * N;
 }
 
-#define GEMM(NAME, OUT, M, N, LAYOUT)                                                                               \
-    KERNEL __launch_bounds__(THREADS, 2)                                                                            \
-        NAME(OUT* c, int ldc, const bf16* a, int lda, const bf16* b, int ldb, const bf16* a2, int lda2,             \
-             const bf16* b2, int ldb2, int m, int n, int k, int k2, int add) {                                      \
-        __shared__ __align__(128) bf16 stages[STAGES * Tile<M, N, LAYOUT>::STAGE];                                  \
-        int row, col;                                                                                               \
-        place<M, N>(m, n, row, col);                                                                                \
-        Tile<M, N, LAYOUT> tile;                                                                                    \
-        bool down = Tile<M, N, LAYOUT>::B_DOWN;                                                                     \
-        Operand right = down ? operand(b, ldb, k, n) : operand(b, ldb, n, k);                                       \
-        Operand right2 = down ? operand(b2, ldb2, k2, n) : operand(b2, ldb2, n, k2);                                \
-        tile.run(stages, operand(a, lda, m, k), right, 0, k, operand(a2, lda2, m, k2), right2, k2, row, col);       \
-        tile.store(stages, c, ldc, m, n, row, col, add);                                                            \
+#define GEMM(NAME, OUT, M, N, LAYOUT)                                                                             \
+    KERNEL __launch_bounds__(THREADS, 2)                                                                          \
+        NAME(OUT* c, int ldc, const bf16* a, int lda, const bf16* b, int ldb, const bf16* a2, int lda2,           \
+             const bf16* b2, int ldb2, int m, int n, int k, int k2, int add) {                                    \
+        __shared__ __align__(128) bf16 stages[STAGES * Tile<M, N, LAYOUT>::STAGE];                                \
+        int row, col;                                                                                             \
+        place<M, N>(m, n, row, col);                                                                              \
+        Tile<M, N, LAYOUT> tile;                                                                                  \
+        bool down = Tile<M, N, LAYOUT>::B_DOWN;                                                                   \
+        Operand right = down ? operand(b, ldb, k, n) : operand(b, ldb, n, k);                                     \
+        Operand right2 = down ? operand(b2, ldb2, k2, n) : operand(b2, ldb2, n, k2);                              \
+        tile.run(stages, operand(a, lda, m, k), right, 0, k, operand(a2, lda2, m, k2), right2, k2, row, col);     \
+        tile.store(stages, c, ldc, m, n, row, col, add);                                                          \
     }
 
 GEMM(gemm_nt, bf16, 128, 128, NT)
@@ -268,8 +277,8 @@ GEMM(gemm_nn, bf16, 128, 128, NN)
 GEMM(gemm_nn_small, bf16, 64, 64, NN)
 
 template <int M, int N>
-DEVICE void transposed_product(bf16* stages, float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m, int n, int k,
-                               int split) {
+DEVICE void transposed_product(bf16* stages, float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m,
+                               int n, int k, int split) {
     int row, col;
     place<M, N>(m, n, row, col);
     int from = blockIdx.z * split, to = min(k, from + split);
@@ -279,9 +288,11 @@ DEVICE void transposed_product(bf16* stages, float* partial, const bf16* a, int 
     tile.store(stages, partial + (i64)blockIdx.z * m * n, n, m, n, row, col, 0);
 }
 
-// One of m and n is a rank: a tile is as wide as ranks mostly are, and the other matrix is read once. Bound by that.
-KERNEL __launch_bounds__(THREADS) gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m,
-                                                  int n, int k, int split) {
+// One of m and n is a rank: a tile is as wide as ranks mostly are, and the other matrix is read once. Bound by
+// that.
+KERNEL __launch_bounds__(THREADS, 3)
+    gemm_tn_partial(float* partial, const bf16* a, int lda, const bf16* b, int ldb, int m, int n, int k,
+                    int split) {
     __shared__ __align__(128) bf16 stages[STAGES * Tile<128, 64, TN>::STAGE];
     if (m > n) transposed_product<128, 64>(stages, partial, a, lda, b, ldb, m, n, k, split);
     else transposed_product<64, 128>(stages, partial, a, lda, b, ldb, m, n, k, split);

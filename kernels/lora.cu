@@ -1,16 +1,16 @@
-// The narrow products of LoRA pairs: a wide matrix times one of R columns. Gradients of pairs are gemm_tn_partial's, and
-// y += h · Bᵀ and dx += dh · A are the second pair of gemm_nt and gemm_nn.
+// The narrow products of LoRA pairs: a wide matrix times one of R columns. Gradients of pairs are
+// gemm_tn_partial's, and y += h · Bᵀ and dx += dh · A are the second pair of gemm_nt and gemm_nn.
 //
 //   lora_down           h (T,R) bf16 = scale * x (T,K) · A (R,K)ᵀ
 //   lora_up_transposed  dh (T,R) bf16 = scale * dy (T,N) · B (N,R)
 //
-//   grid (ceil(R/64), ceil(T/32)), block 128, dynamic shared memory (32 + W) * 512 bytes with W = 16 for R <= 16, 32 for
-//   R <= 32, else 64: 24,576, 32,768 or 49,152. Rows on 16 bytes come by cp.async, others value by value.
+//   grid (ceil(R/64), ceil(T/32)), block 128, dynamic shared memory (32 + W) * 512 bytes with W = 16 for R <= 16,
+//   32 for R <= 32, else 64: 24,576, 32,768 or 49,152. Rows on 16 bytes come by cp.async, others value by value.
 //
-// Bound by memory: x is read once (2 T K bytes), A once a block by way of L2 (R/32 as much). The depth is cut among the
-// warps of a block, 16 of each 64, so that 32 rows are enough work for four warps and T = 4096 fills 128 processors; their
-// sums are added in the order of the warps. Blocks of the same rows and other columns of R > 64 run side by side: x comes
-// out of L2 for all but the first.
+// Bound by memory: x is read once (2 T K bytes), A once a block by way of L2 (R/32 as much). The depth is cut
+// among the warps of a block, 16 of each 64, so that 32 rows are enough work for four warps and T = 4096 fills 128
+// processors; their sums are added in the order of the warps. Blocks of the same rows and other columns of R > 64
+// run side by side: x comes out of L2 for all but the first.
 //   v1  this, four stages of 64 deep
 #include "common.cuh"
 #include "panel.cuh"
@@ -25,7 +25,8 @@ extern __shared__ __align__(128) bf16 stages[];
 
 // h (T,R) at columns `col`.. = scale * x (T,K) · a, with a (R,K)ᵀ or, DOWN, (K,R).
 template <int R, bool DOWN>
-DEVICE void narrow(bf16* h, int ldh, const Operand& x, const Operand& a, float scale, int ranks, int row, int col) {
+DEVICE void narrow(bf16* h, int ldh, const Operand& x, const Operand& a, float scale, int ranks, int row,
+                   int col) {
     typedef Panel<ROWS, DEPTH> X;
     typedef Panel<DOWN ? DEPTH : R, DOWN ? R : DEPTH> A;
     constexpr int STAGE = X::SIZE + A::SIZE;
@@ -120,8 +121,8 @@ DEVICE void narrow_of_rank(bf16* h, int ldh, const Operand& x, const Operand& a,
     else narrow<64, DOWN>(h, ldh, x, a, scale, r, row, col);
 }
 
-KERNEL __launch_bounds__(THREADS) lora_down(bf16* h, int ldh, const bf16* x, int ldx, const bf16* a, float scale, int t,
-                                            int r, int k) {
+KERNEL __launch_bounds__(THREADS) lora_down(bf16* h, int ldh, const bf16* x, int ldx, const bf16* a, float scale,
+                                            int t, int r, int k) {
     narrow_of_rank<false>(h, ldh, operand(x, ldx, t, k), operand(a, k, r, k), scale, r);
 }
 

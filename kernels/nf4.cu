@@ -1,5 +1,5 @@
-// NF4, the 4-bit code of QLoRA: to bf16, and from f32, with plain or nested scales; and products with few rows, which read
-// the weight as it is.
+// NF4, the 4-bit code of QLoRA: to bf16, and from f32, with plain or nested scales; and products with few rows,
+// which read the weight as it is.
 //
 //   packed  two codes a byte, the first value in the high nibble
 //   absmax  f32, the largest magnitude of 64 values; blocks are flat: they go on across the ends of rows
@@ -12,18 +12,22 @@
 //   absmax_nest             ceil(blocks / 256)           256    4 in, 1 out
 //   nf4_gemv                ceil(n / 16)                 256    0.56 a value of the weight; m <= 8 rows of x
 //   nf4_gemm                ceil(n / 64), ceil(m / 64)   128    0.56 a value of the weight each 64 rows of x
-//   No dynamic shared memory. `packed` on 4 bytes and `w` and `out` on 16; of products `packed` and x on 16, and k is a
-//   multiple of 64.
+//   No dynamic shared memory. `packed` on 4 bytes and `w` and `out` on 16; of products `packed` and x on 16, and k
+//   is a multiple of 64.
 //
-// Decoding is bound by memory: 2.6 bytes a value against 10.9 instructions of PTX (its 64-bit addresses counted).
-//   v1  a thread a byte: 4-byte stores, and a load for each
-//   v2  a thread 8 values: a word of codes in, 16 bytes out, four words in flight; the code book and the block's 128
-//       scales in shared memory, so that a nested scale is decoded once and not by each of 8 threads
-// A pair of values for each byte (a book of 256 pairs) would halve the look-ups, but its 2 KB meet in the same banks.
-// Products have the numbers of decoding and gemm_nt: a value of the weight is rounded to bf16 before it is multiplied.
-//   v1  decoded into shared memory and read back by ldmatrix: 4 bytes through shared memory a value, two barriers a step
+// Decoding is bound by memory: 2.6 bytes a value against 10.4 instructions of PTX (7.2 and 0.75 bytes of
+// nf4_gemv).
+//   v1  stores that used half of each sector
+//   v2  a thread 8 values: a word of codes in, 16 bytes out, four words in flight; the code book and the block's
+//       128 scales in shared memory, so that a nested scale is decoded once and not by each of 8 threads
+// A pair of values for each byte (a book of 256 pairs) would halve the look-ups, but its 2 KB meet in the same
+// banks. Products have the numbers of decoding and gemm_nt: a value of the weight is rounded to bf16 before it is
+// multiplied.
+//   v1  decoded into shared memory and read back by ldmatrix: 4 bytes through shared memory a value, two barriers
+//       a step
 //   v2  decoded into the registers of an mma's left factor: x alone, and its codes, go through shared memory
 #include "common.cuh"
+#include "panel.cuh"
 
 constexpr int THREADS = 256;
 constexpr int SCALED = 64;                          // values that share a scale
@@ -64,17 +68,29 @@ DEVICE u32 load_codes(const u8* packed, i64 values) {
 // Where code i of a word begins: bytes come low end first, and of a byte the high nibble.
 DEVICE int code_bit(int i) { return i % 2 == 0 ? 4 * i + 4 : 4 * i - 4; }
 
-// Value i of a word of codes. The code is cut out four times as large: as the distance in the book in bytes.
-DEVICE float decode(const float* book, u32 codes, int i) {
+// The code book in shared memory, on 64 bytes: the distance in it is a part of the address like another.
+struct __align__(64) Book {
+    float values[16];
+};
+
+// Value i of a word of codes; `book` is its address in shared memory. The code is cut out four times as large, as
+// a distance in bytes: cutting and placing is one instruction.
+DEVICE float decode(u32 book, u32 codes, int i) {
     int bit = code_bit(i) - 2;
-    u32 distance = (bit < 0 ? codes << 2 : codes >> bit) & 60;
-    return *(const float*)((const char*)book + distance);
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"((bit < 0 ? codes << 2 : codes >> bit) & 60 | book));
+    return value;
+}
+
+// Values 2 i and 2 i + 1.
+DEVICE u32 decode_pair(u32 book, u32 codes, int i, float scale) {
+    return to_bf16x2(decode(book, codes, 2 * i) * scale, decode(book, codes, 2 * i + 1) * scale);
 }
 
 // out (rows,cols) bf16, a row each `ld` values. `scale_of(i)` is the scale of block i of the whole.
 template <typename Scale>
 DEVICE void dequantize(const u8* packed, bf16* out, int rows, int cols, int ld, const Scale& scale_of) {
-    __shared__ float book[16];
+    __shared__ Book shared_book;
     __shared__ float scales[VALUES / SCALED];
     i64 first = (i64)blockIdx.x * VALUES;
     i64 left = (i64)rows * cols - first;
@@ -84,7 +100,8 @@ DEVICE void dequantize(const u8* packed, bf16* out, int rows, int cols, int ld, 
         int at = (i * THREADS + threadIdx.x) * WORD;
         codes[i] = load_codes(packed + (first + at) / 2, left - at);
     }
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     if (threadIdx.x < VALUES / SCALED && threadIdx.x * SCALED < left)
         scales[threadIdx.x] = scale_of(first / SCALED + threadIdx.x);
     __syncthreads();
@@ -99,7 +116,7 @@ DEVICE void dequantize(const u8* packed, bf16* out, int rows, int cols, int ld, 
             u32 pairs[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                pairs[j] = to_bf16x2(decode(book, codes[i], 2 * j) * scale, decode(book, codes[i], 2 * j + 1) * scale);
+                pairs[j] = decode_pair(book, codes[i], j, scale);
             i64 to = first + at;
             if (ld != cols) {
                 u32 word = (u32)(to / WORD), row = word / (u32)(cols / WORD);
@@ -122,7 +139,8 @@ KERNEL nf4_dequantize(const u8* packed, const float* absmax, bf16* out, int rows
     dequantize(packed, out, rows, cols, ld, [&](i64 block) { return absmax[block]; });
 }
 
-// The same; a scale is code[absmax_codes] * absmax2 + offset in two roundings, as bitsandbytes has it. code (256) f32.
+// The same; a scale is code[absmax_codes] * absmax2 + offset in two roundings, as bitsandbytes has it. code (256)
+// f32.
 KERNEL nf4_dequantize_nested(const u8* packed, const u8* absmax_codes, const float* code, const float* absmax2,
                              float offset, bf16* out, int rows, int cols, int ld) {
     dequantize(packed, out, rows, cols, ld, [&](i64 block) {
@@ -130,8 +148,8 @@ KERNEL nf4_dequantize_nested(const u8* packed, const u8* absmax_codes, const flo
     });
 }
 
-// The number of midpoints between neighbouring codes that lie strictly below: a value on a midpoint takes the lower
-// code. The midpoints are f32 on purpose, as bitsandbytes has them.
+// The number of midpoints between neighbouring codes that lie strictly below: a value on a midpoint takes the
+// lower code. The midpoints are f32 on purpose, as bitsandbytes has them.
 DEVICE u32 nearest_code(float scaled) {
     u32 code = 0;
 #pragma unroll
@@ -139,8 +157,8 @@ DEVICE u32 nearest_code(float scaled) {
     return code;
 }
 
-// packed (ceil(n/2)) and absmax (ceil(n/64)) of w (n) f32, finite: bit for bit what the CPU encodes. 16 lanes a block
-// of 64, four values each.
+// packed (ceil(n/2)) and absmax (ceil(n/64)) of w (n) f32, finite: bit for bit what the CPU encodes. 16 lanes a
+// block of 64, four values each.
 KERNEL nf4_quantize(const float* w, u8* packed, float* absmax, i64 n) {
     i64 first = (i64)blockIdx.x * (4 * THREADS) + 4 * threadIdx.x;
     i64 block = first / SCALED;
@@ -176,8 +194,8 @@ KERNEL nf4_quantize(const float* w, u8* packed, float* absmax, i64 n) {
     if (first % SCALED == 0 && first < n) absmax[block] = scale;
 }
 
-// codes (blocks) and absmax2 (ceil(blocks/256)) of absmax (blocks) f32 with its mean `offset` taken off; each takes
-// the nearest of code (256) f32, sorted, the lower of two as near. A block without spread takes code 0.
+// codes (blocks) and absmax2 (ceil(blocks/256)) of absmax (blocks) f32 with its mean `offset` taken off; each
+// takes the nearest of code (256) f32, sorted, the lower of two as near. A block without spread takes code 0.
 KERNEL absmax_nest(const float* absmax, float offset, const float* code, u8* codes, float* absmax2, i64 blocks) {
     __shared__ float midpoints[NESTED];
     __shared__ float scratch[THREADS / WARP];
@@ -197,14 +215,13 @@ KERNEL absmax_nest(const float* absmax, float offset, const float* code, u8* cod
 }
 
 // The products below take the weight as the left factor of an mma: 16 of its rows a warp, decoded straight into
-// registers. The depth may be walked in any order as long as both factors walk it alike: lane t of four takes runs of
-// consecutive values, so that its codes are words and its x are 16 bytes.
+// registers. The depth may be walked in any order as long as both factors walk it alike: lane t of four takes runs
+// of consecutive values, so that its codes are words and its x are 16 bytes.
 
 // The bf16 pairs of a word of codes.
-DEVICE void decode_word(u32 (&pairs)[4], const float* book, u32 codes, float scale) {
+DEVICE void decode_word(u32 (&pairs)[4], u32 book, u32 codes, float scale) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        pairs[i] = to_bf16x2(decode(book, codes, 2 * i) * scale, decode(book, codes, 2 * i + 1) * scale);
+    for (int i = 0; i < 4; i++) pairs[i] = decode_pair(book, codes, i, scale);
 }
 
 // sums (16 rows of the weight, 8 rows of x) += upper and lower 8 rows of the left · 8 values of x in each lane.
@@ -228,19 +245,21 @@ DEVICE uint4 load_eight(const bf16* from, int values, bool aligned) {
 constexpr int NARROW_ROWS = 16;         // of the weight, a block
 constexpr int NARROW_STEP = 128;        // values of the depth, a warp
 
-// y (m,n) bf16 = x (m,k) · Wᵀ + h (m,r) · b (n,r)ᵀ for m <= 8, k a multiple of 64; r = 0 for no pair. The weight is read
-// once. Warps take every 8th 128 values of the depth; their sums are added in order.
-KERNEL __launch_bounds__(THREADS) nf4_gemv(bf16* y, const bf16* x, const u8* packed, const float* absmax, const bf16* h,
-                                           const bf16* b, int m, int n, int k, int r) {
-    __shared__ float book[16];
+// y (m,n) bf16 = x (m,k) · Wᵀ + h (m,r) · b (n,r)ᵀ for m <= 8, k a multiple of 64; r = 0 for no pair. The weight
+// is read once. Warps take every 8th 128 values of the depth; their sums are added in order.
+KERNEL __launch_bounds__(THREADS) nf4_gemv(bf16* y, const bf16* x, const u8* packed, const float* absmax,
+                                           const bf16* h, const bf16* b, int m, int n, int k, int r) {
+    __shared__ Book shared_book;
     __shared__ float parts[THREADS / WARP][8][NARROW_ROWS + 4];       // padded against conflicts
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, line = lane / 4, quarter = lane % 4;
     int row = blockIdx.x * NARROW_ROWS;
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     __syncthreads();
     float sums[4] = {};
 #pragma unroll 2
-    for (int depth = warp * NARROW_STEP + quarter * 32; depth - quarter * 32 < k; depth += THREADS / WARP * NARROW_STEP) {
+    for (int start = warp * NARROW_STEP; start < k; start += THREADS / WARP * NARROW_STEP) {
+        int depth = start + quarter * 32;
         uint4 codes[2] = {};
         float scales[2] = {};
         uint4 values[4] = {};
@@ -284,20 +303,21 @@ constexpr int WIDE_THREADS = 128;
 constexpr int WIDE = 64;                // rows of the weight, rows of x, and depth of a step
 constexpr int WIDE_STAGES = 4;
 
-// y (m,n) bf16 = x (m,k) · Wᵀ + h (m,r) · b (n,r)ᵀ for any m, k a multiple of 64; r = 0 for no pair. Each 64 rows of x read
-// and decode the weight anew: beyond 256 nf4_dequantize and gemm_nt are faster.
+// y (m,n) bf16 = x (m,k) · Wᵀ + h (m,r) · b (n,r)ᵀ for any m, k a multiple of 64; r = 0 for no pair. Each 64 rows
+// of x read and decode the weight anew: beyond 256 nf4_dequantize and gemm_nt are faster.
 KERNEL __launch_bounds__(WIDE_THREADS) nf4_gemm(bf16* y, const bf16* x, const u8* packed, const float* absmax,
                                                 const bf16* h, const bf16* b, int m, int n, int k, int r) {
     typedef Panel<WIDE, WIDE> X;
     constexpr int CODES = WIDE * WIDE / 2;
     constexpr int STAGE = X::SIZE * 2 + CODES;          // bytes
     __shared__ __align__(128) u8 stages[WIDE_STAGES * STAGE];
-    __shared__ float book[16];
+    __shared__ Book shared_book;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, line = lane / 4, quarter = lane % 4;
     int row = blockIdx.x * WIDE, x_row = blockIdx.y * WIDE;
     int own_row = row + warp * 16 + line;               // and the 8th after it
     Operand left = operand(x, k, m, k), down = operand(h, r, m, r);
-    if (threadIdx.x < 16) book[threadIdx.x] = CODE[threadIdx.x];
+    if (threadIdx.x < 16) shared_book.values[threadIdx.x] = CODE[threadIdx.x];
+    u32 book = shared_address(&shared_book);
     float sums[8][4] = {};
     int own = k / WIDE, steps = own + (r + WIDE - 1) / WIDE;
     int filled = 0, read = 0;

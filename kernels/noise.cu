@@ -1,9 +1,10 @@
 // What a training pass disturbs on purpose: values dropped before a LoRA pair, and noise on embeddings. The random
-// bits are splitmix64's and the very ones of the CPU: a function of the row's stream, the linear layer and the channel.
+// bits are splitmix64's and the very ones of the CPU: a function of the row's stream, the linear layer and the
+// channel.
 //
 //   bits(stream, index) = mix(stream + (index + 1) · 2⁶⁴ / golden ratio)
-//   dropout: four values share the bits number channel / 4 of stream mix(row ^ linear_mixed), 16 bits each from the
-//            lowest; a value is dropped where they are below `threshold`, else multiplied by `scale`
+//   dropout: four values share the bits number channel / 4 of stream mix(row ^ linear_mixed), 16 bits each
+//            from the lowest; a value is dropped where they are below `threshold`, else multiplied by `scale`
 //   noise:   the upper 24 bits of number `channel` of the row's stream, as a number in [0, 1)
 //
 // Shapes: x, y (t, k) bf16; rows (t) u64, a stream a row; linear_mixed = mix(linear layer + 1).
@@ -47,7 +48,8 @@ KERNEL __launch_bounds__(256) dropout(bf16* y, const bf16* x, const u64* rows, i
     store_eight(y + place, values, count, wide);
 }
 
-KERNEL __launch_bounds__(256) embedding_noise(bf16* x, const u64* rows, const int* lengths, int t, int c, float alpha) {
+KERNEL __launch_bounds__(256)
+    embedding_noise(bf16* x, const u64* rows, const int* lengths, int t, int c, float alpha) {
     u32 pieces = (c + 7) / 8, index = blockIdx.x * blockDim.x + threadIdx.x, row = index / pieces;
     if (row >= t) return;
     int first = index % pieces * 8, count = min(c - first, 8);

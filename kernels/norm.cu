@@ -4,22 +4,23 @@
 //   y       = x · inverse · weight
 //   dx     += inverse · (weight · dy) - inverse³ / group · (weight · dy · x summed) · x
 //
-// Shapes: x, y, dy, dx bf16, `groups` groups of `group` values each, dense: a row of T where the norm is of whole rows,
-// a head where it is of heads. weight (channels) f32; group g uses weight[g · group % channels ...], and
+// Shapes: x, y, dy, dx bf16, `groups` groups of `group` values each, dense: a row of T where the norm is of whole
+// rows, a head where it is of heads. weight (channels) f32; group g uses weight[g · group % channels ...], and
 // `group` divides `channels`.
 // Overwrites y, adds to dx. The gradient recomputes the norm from x: nothing is saved. Sums in f32.
 //
-//   entry                          group       grid                                  block
-//   rms_norm, _backward            1 to 16384  groups                                ceil(group / 16) up to whole warps
-//   rms_norm_heads, _backward      1 to 256    ceil(groups · lanes / 256)            256
-// with lanes = ceil(group / 8) up to a power of two. No dynamic shared memory. Both are right for any group in their
-// range; take `heads` up to 256, where a block a group would be mostly barriers.
+//   entry                       group        grid                         block
+//   rms_norm, _backward         1 to 16384   groups                       ceil(group / 16) up to whole warps
+//   rms_norm_heads, _backward   1 to 256     ceil(groups · lanes / 256)   256
+// with lanes = ceil(group / 8) up to a power of two. No dynamic shared memory. Both are right for any group in
+// their range; take `heads` up to 256, where a block a group would be mostly barriers.
 //
-// Moves 4 bytes a value forward (read x, write y) and 8 backward (x, dy, dx, dx), plus the weights once a row from L2:
-// bound by memory. A value is read once: it stays in registers between the sum and the product.
+// Moves 4 bytes a value forward (read x, write y) and 8 backward (x, dy, dx, dx), plus the weights once a row from
+// L2, for 15 and 26 PTX instructions (heads: 21 and 37): bound by memory. A value is read once: it stays in
+// registers between the sum and the product.
 //
 // Versions
-//   v1  a block a row of 256 threads that read x twice: the second time from L2, and scalar loads. Proof of concept.
+//   v1  256 threads a row, two bytes an access, x read twice, the second time from L2.
 //   v2  this: 16 bytes an access, at most two pieces of eight a thread, values kept in registers; groups of heads
 //       share a warp, so that no lane is idle at 64 or 128 channels and there is no barrier at all.
 #include "common.cuh"
@@ -80,8 +81,8 @@ DEVICE float2 block_sums(float2 x) {
     return sum;
 }
 
-KERNEL __launch_bounds__(1024) rms_norm(bf16* y, const bf16* x, const float* weight, int groups, int group, int channels,
-                                        float epsilon) {
+KERNEL __launch_bounds__(1024)
+    rms_norm(bf16* y, const bf16* x, const float* weight, int groups, int group, int channels, float epsilon) {
     __shared__ float scratch[WARP];
     i64 start = (i64)blockIdx.x * group;
     weight += blockIdx.x % (channels / group) * group;
@@ -103,8 +104,8 @@ KERNEL __launch_bounds__(1024) rms_norm(bf16* y, const bf16* x, const float* wei
     }
 }
 
-KERNEL __launch_bounds__(1024) rms_norm_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight, int groups,
-                                                 int group, int channels, float epsilon) {
+KERNEL __launch_bounds__(1024) rms_norm_backward(bf16* dx, const bf16* dy, const bf16* x, const float* weight,
+                                                 int groups, int group, int channels, float epsilon) {
     i64 start = (i64)blockIdx.x * group;
     weight += blockIdx.x % (channels / group) * group;
     bool wide = aligned(x, dy, dx) && aligned(weight) && group % 8 == 0;

@@ -1,5 +1,6 @@
-// AdamW over flat f32 tensors, with its moments in f32 or in 8-bit codes, and the clipping of gradients. Every operation
-// rounds on its own, in the order of torch on the CPU and of src/engine/optimizer.rs: bits agree with both.
+// AdamW over flat f32 tensors, with its moments in f32 or in 8-bit codes, and the clipping of gradients. Every
+// operation rounds on its own, in the order of torch on the CPU and of src/engine/optimizer.rs: bits agree with
+// both.
 //
 //   kernel          grid              block  moves a value (bytes)
 //   adamw           ceil(n / 1024)    256    16 in, 14 out
@@ -42,15 +43,15 @@ DEVICE void store_four(float* to, const float (&x)[4]) {
                  : "memory");
 }
 DEVICE void store_four(bf16* to, const float (&x)[4]) {
-    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(to_bf16x2(x[0], x[1])), "r"(to_bf16x2(x[2], x[3]))
-                 : "memory");
+    u32 first = to_bf16x2(x[0], x[1]), second = to_bf16x2(x[2], x[3]);
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(first), "r"(second) : "memory");
 }
 
-// w (n), m, v (n) are moved one step against g * clip[0] (n); rounded (n) bf16 becomes w rounded. rounded and clip may be
-// null.
-KERNEL __launch_bounds__(THREADS) adamw(float* w, bf16* rounded, const float* g, float* m, float* v, i64 n, float keep,
-                                        float first_weight, float second_keep, float second_weight, float correction,
-                                        float epsilon, float step_size, const float* clip) {
+// w (n), m, v (n) are moved one step against g * clip[0] (n); rounded (n) bf16 becomes w rounded. rounded and clip
+// may be null.
+KERNEL __launch_bounds__(THREADS) adamw(float* w, bf16* rounded, const float* g, float* m, float* v, i64 n,
+                                        float keep, float first_weight, float second_keep, float second_weight,
+                                        float correction, float epsilon, float step_size, const float* clip) {
     Update update{keep, first_weight, second_keep, second_weight, correction, epsilon, step_size};
     float factor = clip ? *clip : 1.0f;
     i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 4;
@@ -114,12 +115,13 @@ DEVICE float encode(u32 (&codes)[2], const float (&x)[8], const Book& book) {
     return scale;
 }
 
-// adamw with both moments in codes (n) and scales (ceil(n/256)). signed_map and unsigned_map (256) f32 are sorted. A warp
-// a block of 256 values.
+// adamw with both moments in codes (n) and scales (ceil(n/256)). signed_map and unsigned_map (256) f32 are sorted.
+// A warp a block of 256 values.
 KERNEL __launch_bounds__(THREADS)
     adamw8(float* w, bf16* rounded, const float* g, u8* m_codes, float* m_absmax, u8* v_codes, float* v_absmax,
-           const float* signed_map, const float* unsigned_map, i64 n, float keep, float first_weight, float second_keep,
-           float second_weight, float correction, float epsilon, float step_size, const float* clip) {
+           const float* signed_map, const float* unsigned_map, i64 n, float keep, float first_weight,
+           float second_keep, float second_weight, float correction, float epsilon, float step_size,
+           const float* clip) {
     __shared__ Book firsts, seconds;
     firsts.fill(signed_map);
     seconds.fill(unsigned_map);
@@ -209,8 +211,8 @@ KERNEL __launch_bounds__(THREADS) sum_of_squares(const float* g, float* partial,
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// out: the norm, and min(1, max_norm / (norm + 1e-6)) as torch has it; max_norm 0 clips nothing. The sums of `count`
-// partial sums are f64, for they are few.
+// out: the norm, and min(1, max_norm / (norm + 1e-6)) as torch has it; max_norm 0 clips nothing. The sums of
+// `count` partial sums are f64, for they are few.
 KERNEL __launch_bounds__(THREADS) clip_factor(float* out, const float* partial, int count, float max_norm) {
     __shared__ double sums[THREADS];
     double sum = 0.0;

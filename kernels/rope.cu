@@ -9,18 +9,19 @@
 // Grid ceil(rows · quarter · pieces / 256) with quarter = ceil(heads / 4) and pieces = ceil(head_dim / 2 / 8);
 // block 256; no shared memory.
 //
-// Moves 4 bytes a value (read and write x) and a byte of tables, mostly from L2: bound by memory.
+// Moves 4 bytes a value (read and write x) and a byte of tables, mostly from L2, for 7 PTX instructions: bound
+// by memory.
 //
 // Versions
-//   v1  a thread a pair: two bytes an access, and the angles read for each head. Not kept.
-//   v2  this: 16 bytes an access, angles in registers for four heads.
+//   v1  this: 16 bytes an access, angles in registers for four heads. A thread a pair would be simpler, with two
+//       bytes an access and the angles read for each head.
 #include "common.cuh"
 #include "eight.cuh"
 
 constexpr int HEADS = 4;
 
-KERNEL __launch_bounds__(256) rope(bf16* x, const float* cos, const float* sin, const int* positions, int rows, int heads,
-                                   int head_dim, int backward) {
+KERNEL __launch_bounds__(256) rope(bf16* x, const float* cos, const float* sin, const int* positions, int rows,
+                                   int heads, int head_dim, int backward) {
     int half = head_dim / 2;
     u32 pieces = (half + 7) / 8, quarter = (heads + HEADS - 1) / HEADS;
     u32 index = blockIdx.x * blockDim.x + threadIdx.x, turn = index / pieces;

@@ -1,16 +1,16 @@
-// The small operations on rows: sums, biases, copies of columns and rows, DoRA's two, and the search for what is not
-// finite. All are bound by memory; all move 16 bytes an access where the shape allows it.
+// The small operations on rows: sums, biases, copies of columns and rows, DoRA's two, and the search for what is
+// not finite. All are bound by memory; all move 16 bytes an access where the shape allows it.
 //
 // Shapes: bf16, row-major; f32 where a bias, factor or norm is meant. A "piece" is eight columns of a row.
 //
-//   entry                              grid                             block
-//   add, scale                         ceil(n / 2048)                   256
-//   not_finite, not_finite_f32         ceil(n / 8192)                   256
-//   add_bias, combine_columns          ceil(rows · ceil(n / 8) / 256)   256
+//   entry                              grid                                 block
+//   add, scale                         ceil(n / 2048)                       256
+//   not_finite, not_finite_f32         ceil(n / 8192)                       256
+//   add_bias, combine_columns          ceil(rows · ceil(n / 8) / 256)       256
 //   copy_columns                       ceil(rows · ceil(width / 8) / 256)   256
-//   gather_rows, scatter_rows          ceil(count · ceil(c / 8) / 256)  256
+//   gather_rows, scatter_rows          ceil(count · ceil(c / 8) / 256)      256
 //   column_dots                        (ceil(n / 1024), ceil(rows / 32))    128
-//   add_column_dots                    ceil(n / 256)                    256
+//   add_column_dots                    ceil(n / 256)                        256
 // No dynamic shared memory. Every thread works by itself: no barriers, and no order but that of the rows in a sum.
 #include "common.cuh"
 #include "eight.cuh"
@@ -72,10 +72,10 @@ DEVICE void copy(bf16* to, const bf16* from, int count, bool wide) {
     for (int i = 0; i < count; i++) to[i] = from[i];
 }
 
-// Columns to_first.. of `to` (rows, to_ld) = columns from_first.. of `from` (rows, from_ld), `width` of them. Moves 4
-// bytes a value. Splits x into parts, joins parts to x.
-KERNEL __launch_bounds__(256) copy_columns(bf16* to, int to_ld, int to_first, const bf16* from, int from_ld, int from_first,
-                                           int rows, int width) {
+// Columns to_first.. of `to` (rows, to_ld) = columns from_first.. of `from` (rows, from_ld), `width` of them.
+// Moves 4 bytes a value. Splits x into parts, joins parts to x.
+KERNEL __launch_bounds__(256) copy_columns(bf16* to, int to_ld, int to_first, const bf16* from, int from_ld,
+                                           int from_first, int rows, int width) {
     Piece at = piece_of(width);
     if (at.row >= rows) return;
     to += to_first;
@@ -92,8 +92,8 @@ KERNEL __launch_bounds__(256) gather_rows(bf16* y, const bf16* x, const int* row
     copy(y + at.row * c + at.first, x + (i64)rows[at.row] * c + at.first, at.count, wide);
 }
 
-// Row rows[i] of y (·, c) = row i of x (count, c); rows that are not named stay. No row may be named twice. Moves 4
-// bytes a value.
+// Row rows[i] of y (·, c) = row i of x (count, c); rows that are not named stay. No row may be named twice. Moves
+// 4 bytes a value.
 KERNEL __launch_bounds__(256) scatter_rows(bf16* y, const bf16* x, const int* rows, int count, int c) {
     Piece at = piece_of(c);
     if (at.row >= count) return;
@@ -101,10 +101,10 @@ KERNEL __launch_bounds__(256) scatter_rows(bf16* y, const bf16* x, const int* ro
     copy(y + (i64)rows[at.row] * c + at.first, x + at.row * c + at.first, at.count, wide);
 }
 
-// y (rows, n) = keep · y + sign · factors (n) · x (rows, n); without factors (null) they are 1. y is not read where
-// keep is 0. Moves 6 bytes a value. DoRA's outputs are magnitude / norm times those of the adapted weight.
-KERNEL __launch_bounds__(256) combine_columns(bf16* y, const bf16* x, const float* factors, int rows, int n, float keep,
-                                              float sign) {
+// y (rows, n) = keep · y + sign · factors (n) · x (rows, n); without factors (null) they are 1. y is not read
+// where keep is 0. Moves 6 bytes a value. DoRA's outputs are magnitude / norm times those of the adapted weight.
+KERNEL __launch_bounds__(256)
+    combine_columns(bf16* y, const bf16* x, const float* factors, int rows, int n, float keep, float sign) {
     Piece at = piece_of(n);
     if (at.row >= rows) return;
     bool wide = aligned(x, y, factors) && n % 8 == 0;
@@ -139,12 +139,12 @@ KERNEL __launch_bounds__(128) column_dots(float* partial, const bf16* x, const b
 #pragma unroll
         for (int i = 0; i < 8; i++) sum.at[i] += a.at[i] * b.at[i];
     }
-    float* to = partial + (i64)blockIdx.y * n + first;
-    for (int i = 0; i < count; i++) to[i] = sum.at[i];
+    store_eight(partial + (i64)blockIdx.y * n + first, sum, count, wide);
 }
 
 // gradient (n) += the partial sums (parts, n) added in order, over norms (n).
-KERNEL __launch_bounds__(256) add_column_dots(float* gradient, const float* partial, const float* norms, int parts, int n) {
+KERNEL __launch_bounds__(256)
+    add_column_dots(float* gradient, const float* partial, const float* norms, int parts, int n) {
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= n) return;
     float sum = 0.0f;
@@ -152,8 +152,8 @@ KERNEL __launch_bounds__(256) add_column_dots(float* gradient, const float* part
     gradient[column] += sum / norms[column];
 }
 
-// Sets *flag to 1 where any value of x (n) is infinite or no number; never clears it. Moves 2 bytes a value. A thread
-// looks at four pieces, so that their loads are under way together.
+// Sets *flag to 1 where any value of x (n) is infinite or no number; never clears it. Moves 2 bytes a value. A
+// thread looks at four pieces, so that their loads are under way together.
 KERNEL __launch_bounds__(256) not_finite(u32* flag, const bf16* x, i64 n) {
     constexpr u32 LOW = 0x7f80u, HIGH = LOW << 16;
     bool wide = aligned(x), found = false;

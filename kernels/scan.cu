@@ -3,18 +3,19 @@
 //   dt = clamp(softplus(dt + dt_bias), dt_low, dt_high)
 //   state = exp(dt · rate) · state + dt · x ⊗ b          y = state · c + skip · x
 //
-// Shapes: x, y (T, heads · head_dim) bf16; b, c (T, groups · states) bf16, head h reads group h · groups / heads; dt (T,
-// heads) bf16; dt_bias, rate, skip (heads) f32. Rows are the query rows of spans. The state before a span's first row is
-// zero, or that of its slot: slots (spans) i32, past and next (slots, heads, head_dim, states) f32, all three null where
-// nothing is carried. Overwrites the rows of its spans; `next` gets the state after each span's last row.
+// Shapes: x, y (T, heads · head_dim) bf16; b, c (T, groups · states) bf16, head h reads group h · groups / heads;
+// dt (T, heads) bf16; dt_bias, rate, skip (heads) f32. Rows are the query rows of spans. The state before a span's
+// first row is zero, or that of its slot: slots (spans) i32, past and next (slots, heads, head_dim, states) f32,
+// all three null where nothing is carried. Overwrites the rows of its spans; `next` gets the state after each
+// span's last row.
 //
 //   scan_N for states up to N, N in {16, 32, 64, 128, 256}: grid (heads · ceil(head_dim / 64), spans), block 256,
 //   no dynamic shared memory. Takes any head_dim.
 //
-// Four threads have a row of the state in registers, four states of each 16; b, c and x of 16 rows wait in shared memory.
-// Moves 4 bytes a value of x, b and c once a head from L2, and where states are carried 8 bytes a value of them: that is
-// all there is to a step of generation, which is bound by memory. Over many rows it is bound by the latency of a row
-// (two exchanges and a sum of `states / 4` products): `scan_chunks.cu` is the form for training.
+// Four threads have a row of the state in registers, four states of each 16; b, c and x of 16 rows wait in shared
+// memory. Moves 4 bytes a value of x, b and c once a head from L2, and where states are carried 8 bytes a value of
+// them: that is all there is to a step of generation, which is bound by memory. Over many rows it is bound by the
+// latency of a row (two exchanges and a sum of `states / 4` products): `scan_chunks.cu` is the form for training.
 //
 // Versions
 //   v1  this.
@@ -59,7 +60,8 @@ DEVICE void store_four(float* to, float4 x, int count, bool wide) {
 DEVICE void store_four(bf16* to, float4 x, int count, bool wide) {
     if (wide && count >= 4) {
         // The compiler would make two stores of a uint2.
-        asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(to_bf16x2(x.x, x.y)), "r"(to_bf16x2(x.z, x.w)) : "memory");
+        asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(to_bf16x2(x.x, x.y)), "r"(to_bf16x2(x.z, x.w))
+                     : "memory");
         return;
     }
     if (count > 0) to[0] = to_bf16(x.x);
@@ -70,8 +72,8 @@ DEVICE void store_four(bf16* to, float4 x, int count, bool wide) {
 
 template <int N>
 DEVICE void scan(bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias,
-                 const float* rate, const float* skip, const Span* spans, const int* slots, const float* past, float* next,
-                 int heads, int head_dim, int groups, int states, float dt_low, float dt_high) {
+                 const float* rate, const float* skip, const Span* spans, const int* slots, const float* past,
+                 float* next, int heads, int head_dim, int groups, int states, float dt_low, float dt_high) {
     __shared__ __align__(16) float bs[ROWS][N], cs[ROWS][N], xs[ROWS][HEAD_ROWS], ys[ROWS][HEAD_ROWS];
     __shared__ float steps[ROWS], decays[ROWS];
     int parts = (head_dim + HEAD_ROWS - 1) / HEAD_ROWS;
@@ -117,7 +119,8 @@ DEVICE void scan(bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf1
             float decay = decays[row], value = xs[row][own], taken = steps[row] * value, sum = 0.0f;
 #pragma unroll
             for (int i = 0; i < N / 16; i++) {
-                float4 b4 = *(const float4*)&bs[row][i * 16 + lane * 4], c4 = *(const float4*)&cs[row][i * 16 + lane * 4];
+                float4 b4 = *(const float4*)&bs[row][i * 16 + lane * 4],
+                       c4 = *(const float4*)&cs[row][i * 16 + lane * 4];
                 state[i].x = state[i].x * decay + taken * b4.x;
                 state[i].y = state[i].y * decay + taken * b4.y;
                 state[i].z = state[i].z * decay + taken * b4.z;
@@ -130,7 +133,8 @@ DEVICE void scan(bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf1
         }
         __syncthreads();
         if (row < rows)
-            store_four(y + (tile + row) * x_ld + column, *(const float4*)&ys[row][column], part - column, wide_rows);
+            store_four(y + (tile + row) * x_ld + column, *(const float4*)&ys[row][column], part - column,
+                       wide_rows);
     }
     if (slots && own < part) {
 #pragma unroll
@@ -141,13 +145,13 @@ DEVICE void scan(bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf1
     }
 }
 
-#define SCAN(N)                                                                                                           \
-    KERNEL __launch_bounds__(THREADS, N > 128 ? 1 : 2) scan_##N(                                                                         \
-        bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias, const float* rate,    \
-        const float* skip, const Span* spans, const int* slots, const float* past, float* next, int heads, int head_dim,  \
-        int groups, int states, float dt_low, float dt_high) {                                                            \
-        scan<N>(y, x, b, c, dt, dt_bias, rate, skip, spans, slots, past, next, heads, head_dim, groups, states, dt_low,   \
-                dt_high);                                                                                                 \
+#define SCAN(N)                                                                                                   \
+    KERNEL __launch_bounds__(THREADS, N > 128 ? 1 : 2)                                                            \
+        scan_##N(bf16* y, const bf16* x, const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias,      \
+                 const float* rate, const float* skip, const Span* spans, const int* slots, const float* past,    \
+                 float* next, int heads, int head_dim, int groups, int states, float dt_low, float dt_high) {     \
+        scan<N>(y, x, b, c, dt, dt_bias, rate, skip, spans, slots, past, next, heads, head_dim, groups, states,   \
+                dt_low, dt_high);                                                                                 \
     }
 
 SCAN(16)

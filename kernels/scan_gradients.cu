@@ -1,16 +1,17 @@
-// The gradient of Mamba2's scan in chunks of 64 rows; names and arrays as in `scan_chunks.cu`. With S the state before the
-// chunk, D the gradient of that after it, L its last row, m[t,s] = exp(a[t] - a[s]) where s ≤ t, last[s] = exp(a[L] - a[s])
-// · dt[s]:
+// The gradient of Mamba2's scan in chunks of 64 rows; names and arrays as in `scan_chunks.cu`. With S the state
+// before the chunk, D the gradient of that after it, L its last row, m[t,s] = exp(a[t] - a[s]) where s ≤ t,
+// last[s] = exp(a[L] - a[s]) · dt[s]:
 //
 //   dx[s] = Σ_t m[t,s] · dt[s] · (c[t] · b[s]) · dy[t]    +  last[s] · D b[s]            +  skip · dy[s]
 //   db[s] = Σ_t m[t,s] · dt[s] · (dy[t] · x[s]) · c[t]    +  last[s] · x[s] D
 //   dc[t] = Σ_s m[t,s] · dt[s] · (dy[t] · x[s]) · b[s]    +  exp(a[t]) · dy[t] S
 // The gradients of a are sums of the same terms, and those of dt and rate come of a being a running sum.
 //
-// Shapes: dy, dx (T, heads · head_dim) bf16; db, dc (T, groups · states) bf16; ddt (T, heads) bf16 of dt before bias and
-// softplus; drate (T, heads) f32, what each row adds to the gradient of its head's rate, may be null; `total` = T. `before`
-// and `dafter`: the states of `scan_states_N` and `scan_pass`, once with (x, b, 0), once with (dy, c, 1). Scratch:
-// partial (2, parts, T, groups · states) f32 with parts = ceil(heads / groups / 8). Overwrites the rows in spans.
+// Shapes: dy, dx (T, heads · head_dim) bf16; db, dc (T, groups · states) bf16; ddt (T, heads) bf16 of dt before
+// bias and softplus; drate (T, heads) f32, what each row adds to the gradient of its head's rate, may be null;
+// `total` = T. `before` and `dafter`: the states of `scan_states_N` and `scan_pass`, once with (x, b, 0), once
+// with (dy, c, 1). Scratch: partial (2, parts, T, groups · states) f32 with parts = ceil(heads / groups / 8).
+// Overwrites the rows in spans.
 //
 //   order, entry           grid                                     block   dynamic shared
 //   1 scan_steps, 2 scan_states_N, 3 scan_pass (unless kept from the forward), 4 scan_states_N, 5 scan_pass
@@ -18,11 +19,13 @@
 //   7 scan_sum_parts       ceil(T · groups · states / 2048)         256     -
 // N in {64, 128}: the least that is not below `states`. n of 7 = T · groups · states.
 //
-// A block takes eight heads of a group one after the other, so that db and dc of these stay in registers; what is left is
-// added in the order of parts. No atomics. Factors of products are rounded to bf16; the gradients of dt are f32 sums.
+// A block takes eight heads of a group one after the other, so that db and dc of these stay in registers; what is
+// left is added in the order of parts. No atomics. Factors of products are rounded to bf16; the gradients of dt
+// are f32 sums.
 //
-// Products a head and chunk: 64 · 64 · 64 twice and 64 · 64 · 128 five times, 6 MFLOP for 24 KB of rows and 48 KB of states:
-// bound by memory on large cards, by one block a multiprocessor on small ones.
+// Products a head and chunk: 64 · 64 · 64 twice and 64 · 64 · 128 five times, 6 MFLOP for 24 KB of rows and 48 KB
+// of states, with 14 PTX instructions a warp for each of mma.sync. One block a multiprocessor, so expected to be
+// bound by the latency of its loads.
 //
 // Versions
 //   v1  this.
@@ -72,7 +75,8 @@ DEVICE float column_sum(float x) {
 // sum += factor (by row) · more, and what the rows of `more` give with those of `with`, a tile that begins at this
 // warp's part: dots of the rows `row` and `row + 8`.
 template <int TILES>
-DEVICE float2 add_scaled(float (&sum)[TILES][4], const float (&more)[TILES][4], float2 factor, const bf16* with, int ld) {
+DEVICE float2 add_scaled(float (&sum)[TILES][4], const float (&more)[TILES][4], float2 factor, const bf16* with,
+                         int ld) {
     int lane = threadIdx.x % WARP;
     with += lane / 4 * ld + lane % 4 * 2;
     float2 dots = {0.0f, 0.0f};
@@ -130,6 +134,82 @@ template <int N> DEVICE void mask_products(Stage<N>& stage, const float (&seen)[
     }
 }
 
+// Through the state before the chunk, for which `stage.state` is: adds to dc, and sums what a gets of it.
+template <int N> DEVICE void pass_before(Stage<N>& stage, float (&dc)[N / 16][4], int top, int side) {
+    int lane = threadIdx.x % WARP, row = top + lane / 4;
+    float more[N / 16][4];
+    clear(more);
+    multiply<ROWS, ROWS, HEAD_ROWS>(more, stage.dy + top * LD, LD, stage.state + side * N / 2, N + PAD);
+    float2 decays = {__expf(stage.sum[row]), __expf(stage.sum[row + 8])};
+    float2 dots = add_scaled(dc, more, decays, stage.c + top * (N + PAD) + side * N / 2, N + PAD);
+    if (lane % 4 == 0) {
+        stage.seen[side][row] = decays.x * dots.x;
+        stage.seen[side][row + 8] = decays.y * dots.y;
+    }
+}
+
+// Through the state after the chunk, of which `stage.state` is the gradient: adds to db and dx, and sums what dt
+// and a get of it.
+template <int N>
+DEVICE void pass_after(Stage<N>& stage, float (&db)[N / 16][4], float (&dx)[4][4], int top, int side) {
+    int lane = threadIdx.x % WARP, row = top + lane / 4;
+    float more[N / 16][4], through[4][4];
+    clear(more);
+    clear(through);
+    multiply<ROWS, ROWS, HEAD_ROWS>(more, stage.x + top * LD, LD, stage.state + side * N / 2, N + PAD);
+    const bf16* b = stage.b + top * (N + PAD);
+    float2 lasts = {to_last(stage, row), to_last(stage, row + 8)};
+    float2 dots = add_scaled(db, more, lasts, b + side * N / 2, N + PAD);
+    if (lane % 4 == 0) {
+        stage.taken[side][row] = dots.x;
+        stage.taken[side][row + 8] = dots.y;
+    }
+    multiply<ROWS, COLUMNS, N>(through, b, N + PAD, stage.state + side * 32 * (N + PAD), N + PAD);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) dx[j][i] += (i < 2 ? lasts.x : lasts.y) * through[j][i];
+    }
+}
+
+// dx, with what x adds to y at once, takes the place of `mixed`.
+template <int N> DEVICE void place_dx(Stage<N>& stage, const float (&dx)[4][4], float skip, int top, int side) {
+    int lane = threadIdx.x % WARP, first = (top + lane / 4) * LD + side * 32 + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int place = first + i * 8 * LD + j * 8;
+            u32 dy = *(const u32*)(stage.dy + place);
+            *(u32*)(stage.mixed + place) =
+                to_bf16x2(dx[j][2 * i] + skip * low_f32(dy), dx[j][2 * i + 1] + skip * high_f32(dy));
+        }
+    }
+}
+
+// Adds what a head's part gives to the gradients of dt and a, a thread a row. `kept` is that of the state's decay.
+template <int N> DEVICE void add_pulls(Stage<N>& stage, Chunk chunk, float kept) {
+    int t = threadIdx.x;
+    if (t >= CHUNK) return;
+    float column = 0.0f, row = stage.by_row[0][t] + stage.by_row[1][t], taken = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) column += stage.by_column[i][t];
+    if (!chunk.first) row += stage.seen[0][t] + stage.seen[1][t];
+    if (!chunk.last) taken = stage.taken[0][t] + stage.taken[1][t];
+    float decay = __expf(stage.sum[CHUNK - 1]), through = to_last(stage, t) * taken;
+    stage.dstep[t] += column + __expf(stage.sum[CHUNK - 1] - stage.sum[t]) * taken;
+    stage.dsum[t] += row - stage.step[t] * column - through;
+    stage.dlast[t] += t == 0 ? through + decay * kept : through;
+}
+
+// What pulls at a[t], or at a[L], pulls at dt · rate of every row up to it. The sum for this thread's row.
+template <int N> DEVICE float pull_of(const Stage<N>& stage) {
+    float pull = 0.0f;
+    for (int t = 0; t < CHUNK; t++) pull += stage.dlast[t];
+    for (int t = threadIdx.x; t < CHUNK; t++) pull += stage.dsum[t];
+    return pull;
+}
+
 // The sum of products of a state and its gradient over a block.
 template <int N> DEVICE float state_dot(Stage<N>& stage, const bf16* state, int rows, int states) {
     bool wide = aligned(state) && states % 8 == 0;
@@ -168,11 +248,11 @@ DEVICE void store_sums(float* to, const float (&sum)[TILES][4], i64 ld, int rows
 }
 
 template <int N>
-DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x, const bf16* b,
-                            const bf16* c, const bf16* dt, const float* dt_bias, const float* rate, const float* skip,
-                            const float* steps, const float* sums, const bf16* before, const bf16* dafter,
-                            const Span* spans, const int2* tiles, int total, int heads, int head_dim, int groups,
-                            int states, float dt_low, float dt_high) {
+DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x,
+                            const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias, const float* rate,
+                            const float* skip, const float* steps, const float* sums, const bf16* before,
+                            const bf16* dafter, const Span* spans, const int2* tiles, int total, int heads,
+                            int head_dim, int groups, int states, float dt_low, float dt_high) {
     extern __shared__ __align__(16) u8 memory[];
     Stage<N>& stage = *(Stage<N>*)memory;
     constexpr int HALF = N / 2;
@@ -182,13 +262,10 @@ DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, c
     int end = min(begin + BLOCK_HEADS, (group + 1) * own);
     i64 x_ld = (i64)heads * head_dim, b_ld = (i64)groups * states, b_at = chunk.row * b_ld + (i64)group * states;
     // Eight warps: 16 rows and half of the columns each.
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, top = warp % 4 * 16, side = warp / 4;
-    int row = top + lane / 4;
+    int warp = threadIdx.x / WARP, top = warp % 4 * 16, side = warp / 4;
     load_tile<N>(stage.b, b + b_at, b_ld, chunk.rows, states);
     load_tile<N>(stage.c, c + b_at, b_ld, chunk.rows, states);
     finish_loads();
-    const bf16* own_b = stage.b + top * (N + PAD) + side * HALF;
-    const bf16* own_c = stage.c + top * (N + PAD) + side * HALF;
     float seen[4][4], db[HALF / 8][4], dc[HALF / 8][4];
     clear(seen);
     clear(db);
@@ -197,84 +274,41 @@ DEVICE void chunk_gradients(bf16* dx, bf16* ddt, float* drate, float* partial, c
 
     for (int head = begin; head < end; head++) {
         load_steps(stage.step, stage.sum, steps, sums, chunk, heads, head);
-        if (threadIdx.x < CHUNK) stage.dstep[threadIdx.x] = stage.dsum[threadIdx.x] = stage.dlast[threadIdx.x] = 0.0f;
+        if (threadIdx.x < CHUNK)
+            stage.dstep[threadIdx.x] = stage.dsum[threadIdx.x] = stage.dlast[threadIdx.x] = 0.0f;
         for (int first = 0; first < head_dim; first += HEAD_ROWS) {
             int part = min(head_dim - first, HEAD_ROWS);
             i64 x_at = chunk.row * x_ld + (i64)head * head_dim + first;
             i64 state = state_at(blockIdx.y, heads, head, head_dim, first, states);
             load_tile<64>(stage.x, x + x_at, x_ld, chunk.rows, part);
             load_tile<64>(stage.dy, dy + x_at, x_ld, chunk.rows, part);
-            load_tile<N>(stage.state, before + state, states, chunk.first ? 0 : part, states);
+            if (!chunk.first) load_tile<N>(stage.state, before + state, states, part, states);
             finish_loads();
             mask_products(stage, seen, top, side);
             __syncthreads();
-            // Inside the chunk.
-            float dvalues[4][4], more[HALF / 8][4];
+            float dvalues[4][4];
             clear(dvalues);
             multiply<ROWS, ROWS, CHUNK>(dc, stage.pulled + top * LD, LD, stage.b + side * HALF, N + PAD);
             multiply<COLUMNS, ROWS, CHUNK>(db, stage.pulled + top, LD, stage.c + side * HALF, N + PAD);
             multiply<COLUMNS, ROWS, CHUNK>(dvalues, stage.mixed + top, LD, stage.dy + side * 32, LD);
-            // Through the state before it.
-            clear(more);
-            multiply<ROWS, ROWS, HEAD_ROWS>(more, stage.dy + top * LD, LD, stage.state + side * HALF, N + PAD);
-            float2 decays = {__expf(stage.sum[row]), __expf(stage.sum[row + 8])};
-            float2 dots = add_scaled(dc, more, decays, own_c, N + PAD);
-            if (lane % 4 == 0) {
-                stage.seen[side][row] = decays.x * dots.x;
-                stage.seen[side][row + 8] = decays.y * dots.y;
-            }
+            if (!chunk.first) pass_before(stage, dc, top, side);
             __syncthreads();
-            // Through the state after it.
-            load_tile<N>(stage.state, dafter + state, states, chunk.last ? 0 : part, states);
-            finish_loads();
-            clear(more);
-            multiply<ROWS, ROWS, HEAD_ROWS>(more, stage.x + top * LD, LD, stage.state + side * HALF, N + PAD);
-            float2 lasts = {to_last(stage, row), to_last(stage, row + 8)};
-            dots = add_scaled(db, more, lasts, own_b, N + PAD);
-            if (lane % 4 == 0) {
-                stage.taken[side][row] = dots.x;
-                stage.taken[side][row + 8] = dots.y;
+            float kept = 0.0f;
+            if (!chunk.last) {
+                load_tile<N>(stage.state, dafter + state, states, part, states);
+                finish_loads();
+                pass_after(stage, db, dvalues, top, side);
+                if (!chunk.first) kept = state_dot(stage, before + state, part, states);
             }
-            float through[4][4];
-            clear(through);
-            multiply<ROWS, COLUMNS, N>(through, stage.b + top * (N + PAD), N + PAD, stage.state + side * 32 * (N + PAD),
-                                       N + PAD);
-            float kept = chunk.first || chunk.last ? 0.0f : state_dot(stage, before + state, part, states);
-            float direct = skip[head];
-            int column = side * 32 + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int place = (row + i * 8) * LD + j * 8 + column;
-                    u32 pair = *(const u32*)(stage.dy + place);
-                    float last = i ? lasts.y : lasts.x;
-                    *(u32*)(stage.mixed + place) =
-                        to_bf16x2(dvalues[j][2 * i] + last * through[j][2 * i] + direct * low_f32(pair),
-                                  dvalues[j][2 * i + 1] + last * through[j][2 * i + 1] + direct * high_f32(pair));
-                }
-            }
+            place_dx(stage, dvalues, skip[head], top, side);
             __syncthreads();
             store_tile<64>(dx + x_at, stage.mixed, x_ld, chunk.rows, part);
-            if (threadIdx.x < CHUNK) {
-                int t = threadIdx.x;
-                float taken = stage.taken[0][t] + stage.taken[1][t], through_last = to_last(stage, t) * taken;
-                float column = stage.by_column[0][t] + stage.by_column[1][t] + stage.by_column[2][t] + stage.by_column[3][t];
-                stage.dstep[t] += column + __expf(stage.sum[CHUNK - 1] - stage.sum[t]) * taken;
-                stage.dsum[t] += stage.by_row[0][t] + stage.by_row[1][t] - stage.step[t] * column + stage.seen[0][t] +
-                                 stage.seen[1][t] - through_last;
-                stage.dlast[t] += through_last;
-                if (t == 0) stage.dlast[t] += __expf(stage.sum[CHUNK - 1]) * kept;
-            }
+            add_pulls(stage, chunk, kept);
             __syncthreads();
         }
-        // a is a running sum: what pulls at it pulls at every dt before.
         if (threadIdx.x < chunk.rows) {
-            float pull = 0.0f;
-            for (int t = 0; t < CHUNK; t++) pull += stage.dlast[t];
-            for (int t = threadIdx.x; t < CHUNK; t++) pull += stage.dsum[t];
             i64 at = (chunk.row + threadIdx.x) * heads + head;
-            float raw = to_f32(dt[at]) + dt_bias[head], soft = softplus(raw);
+            float pull = pull_of(stage), raw = to_f32(dt[at]) + dt_bias[head], soft = softplus(raw);
             float slope = soft < dt_low || soft > dt_high ? 0.0f : sigmoid(raw);
             ddt[at] = to_bf16((stage.dstep[threadIdx.x] + rate[head] * pull) * slope);
             if (drate) drate[at] = stage.step[threadIdx.x] * pull;
@@ -304,14 +338,15 @@ KERNEL __launch_bounds__(256) scan_sum_parts(bf16* db, bf16* dc, const float* pa
     }
 }
 
-#define SCAN(N)                                                                                                           \
-    KERNEL __launch_bounds__(256, 1) scan_gradients_##N(                                                                  \
-        bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x, const bf16* b, const bf16* c,   \
-        const bf16* dt, const float* dt_bias, const float* rate, const float* skip, const float* steps,                   \
-        const float* sums, const bf16* before, const bf16* dafter, const Span* spans, const int2* tiles, int total,       \
-        int heads, int head_dim, int groups, int states, float dt_low, float dt_high) {                                   \
-        chunk_gradients<N>(dx, ddt, drate, partial, dy, x, b, c, dt, dt_bias, rate, skip, steps, sums, before, dafter,    \
-                           spans, tiles, total, heads, head_dim, groups, states, dt_low, dt_high);                        \
+#define SCAN(N)                                                                                                   \
+    KERNEL __launch_bounds__(256, 1)                                                                              \
+        scan_gradients_##N(bf16* dx, bf16* ddt, float* drate, float* partial, const bf16* dy, const bf16* x,      \
+                           const bf16* b, const bf16* c, const bf16* dt, const float* dt_bias, const float* rate, \
+                           const float* skip, const float* steps, const float* sums, const bf16* before,          \
+                           const bf16* dafter, const Span* spans, const int2* tiles, int total, int heads,        \
+                           int head_dim, int groups, int states, float dt_low, float dt_high) {                   \
+        chunk_gradients<N>(dx, ddt, drate, partial, dy, x, b, c, dt, dt_bias, rate, skip, steps, sums, before,    \
+                           dafter, spans, tiles, total, heads, head_dim, groups, states, dt_low, dt_high);        \
     }
 
 SCAN(64)

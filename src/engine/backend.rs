@@ -27,7 +27,9 @@ mod memory;
 mod reference;
 
 pub use cpu::{Cpu, NoSuchSet, check_instruction_set, instruction_sets};
-pub use cuda::{CudaError, DeviceMatrix, Gpu, NvrtcError, Toolkit, cuda_version, keep_kernels_in};
+pub use cuda::{
+    CudaError, DeviceError, DeviceMatrix, Gpu, NvrtcError, Toolkit, cuda_version, keep_kernels_in,
+};
 pub use host::Dropped;
 pub use memory::{Buffer, Precision};
 pub use reference::Reference;
@@ -333,6 +335,17 @@ pub struct ScanGradient<'a> {
     pub drate: Option<&'a mut Buffer>,
 }
 
+/// The largest shapes that a backend computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Channels of a head of attention.
+    pub head_dim: usize,
+    /// States of a scan.
+    pub states: usize,
+    /// Taps of a convolution.
+    pub taps: usize,
+}
+
 /// The operations of a decoder and their gradients.
 pub trait Backend: Debug + Send + Sync {
     /// Which implementation this is.
@@ -345,6 +358,16 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Runs `work` where this backend's operations start cheapest (inside its thread pool).
     fn enter(&self, work: &mut (dyn FnMut() + Send));
+
+    /// Why what was asked of this backend lately was not done, if it was not: the results are then useless.
+    fn failure(&self) -> Option<DeviceError> {
+        None
+    }
+
+    /// The largest shapes that this backend computes, where it has limits.
+    fn limits(&self) -> Option<Limits> {
+        None
+    }
 
     /// Gives `buffer` the length `len` where this backend computes; contents are left over.
     fn size<'b>(&self, buffer: &'b mut Buffer, len: usize, precision: Precision) -> &'b mut Buffer {
@@ -369,7 +392,8 @@ pub trait Backend: Debug + Send + Sync {
     /// dx (T,K) = or += dy (T,N) · W (N,K): the backward of [`Backend::linear`] to its input.
     fn linear_backward(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write);
 
-    /// h (T,R) = x (T,K) · Aᵀ; y (T,N) += scale * h · Bᵀ. Overwrites h, adds to y.
+    /// h (T,R) = x (T,K) · Aᵀ; y (T,N) += scale * h · Bᵀ. Overwrites h, which is for the backward of the same backend
+    /// (a device keeps it multiplied by the scale), adds to y.
     fn lora(&self, y: &mut Buffer, h: &mut Buffer, x: &Buffer, lora: &Lora<'_>);
 
     /// dB += scale * dyᵀ · h; dh (T,R) = scale * dy · B; dA += dhᵀ · x; dx (T,K) += dh · A if asked for.

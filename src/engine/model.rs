@@ -85,6 +85,12 @@ pub enum ModelError {
         "sequence {sequence} cannot go back to {len} tokens; hint: a model with Mamba layers forgets all or nothing"
     )]
     CacheKeepsNoPast { sequence: usize, len: usize },
+    /// A shape that the backend has no kernels for.
+    #[error("the model's {what} is {got}; on a GPU at most {limit} is computed; use `--device cpu`")]
+    TooLarge { what: &'static str, got: usize, limit: usize },
+    /// The device gave up.
+    #[error(transparent)]
+    Device(#[from] crate::backend::DeviceError),
     /// A value became infinite or not a number.
     #[error("`{name}` is not finite; lower the learning rate, or check the base model's weights")]
     NotFinite { name: String },
@@ -126,6 +132,9 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let backend = device.backend()?;
         let mut decoder = assemble::decoder(&config, source)?;
+        if let Some(limits) = backend.limits() {
+            decoder.fits(&limits)?;
+        }
         decoder.place(&*backend, config.tie_word_embeddings);
         let number = MODELS.fetch_add(1, Ordering::Relaxed);
         Ok(Self { config, decoder, backend, number })

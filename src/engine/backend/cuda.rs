@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use super::{
     Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Carry,
-    Convolution, Dropped, LogitMap, Lora, LoraGradient, Precision, RopeTable, Rotation, Scan, ScanGradient,
-    ScanInput, Write,
+    Convolution, Dropped, Limits, LogitMap, Lora, LoraGradient, Precision, RopeTable, Rotation, Scan,
+    ScanGradient, ScanInput, Write,
 };
 use crate::matrix::{Matrix, Values};
 use crate::random::mix;
@@ -34,6 +34,7 @@ pub(crate) mod simulator;
 mod toolkit;
 
 pub(crate) use device::DeviceBuffer;
+pub use device::DeviceError;
 pub use found::{CudaError, Gpu, cuda_version};
 pub use operand::DeviceMatrix;
 pub use program::keep_kernels_in;
@@ -141,6 +142,14 @@ impl Backend for Cuda {
 
     fn enter(&self, work: &mut (dyn FnMut() + Send)) {
         work();
+    }
+
+    fn failure(&self) -> Option<DeviceError> {
+        self.device.failure()
+    }
+
+    fn limits(&self) -> Option<Limits> {
+        Some(Limits { head_dim: attention::LARGEST_HEAD, states: 128, taps: 4 })
     }
 
     fn size<'b>(&self, buffer: &'b mut Buffer, len: usize, precision: Precision) -> &'b mut Buffer {
@@ -325,7 +334,8 @@ impl Backend for Cuda {
         let (n, k) = (head.rows, head.cols);
         let shape = (x.len() / k, n, k);
         let (x, y, w) = (self.input(x, Rounded), self.output(y, Exact), self.dense(head));
-        self.gemm(linear::Gemm::NtExact, y.arg(), (x.arg(), w.arg()), shape, None, Write::Overwrite);
+        let from = ((x.arg(), k), w.arg());
+        self.gemm(linear::Gemm::NtExact, (y.arg(), n), from, shape, None, Write::Overwrite);
     }
 
     fn add(&self, y: &mut Buffer, x: &Buffer) {

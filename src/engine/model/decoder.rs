@@ -16,7 +16,7 @@ use super::cache::{CacheLayout, Kept, KvCache, LayerCache};
 use super::workspace::{HeadBuffers, LayerActivations, Scratch, Workspace};
 use super::{ModelError, Pack};
 use crate::adapter::{Gradients, StateSpace};
-use crate::backend::{Backend, Buffer, LogitMap};
+use crate::backend::{Backend, Buffer, Limits, LogitMap};
 use crate::matrix::Matrix;
 
 /// Embedding, layers, norm, head.
@@ -58,6 +58,21 @@ pub(super) enum Keep {
 }
 
 impl Decoder {
+    /// Refuses shapes beyond a backend's limits.
+    pub(super) fn fits(&self, limits: &Limits) -> Result<(), ModelError> {
+        let shapes = self.layers.iter().flat_map(|layer| match &layer.mixer {
+            Mixer::Attention(attention) => vec![("head dimension", attention.head_dim, limits.head_dim)],
+            Mixer::Mamba(mamba) => vec![
+                ("number of states", mamba.options.states, limits.states),
+                ("convolution's width", mamba.options.taps, limits.taps),
+            ],
+        });
+        match shapes.into_iter().find(|(_, got, limit)| got > limit) {
+            Some((what, got, limit)) => Err(ModelError::TooLarge { what, got, limit }),
+            None => Ok(()),
+        }
+    }
+
     /// Brings the weights to where `backend` computes.
     pub(super) fn place(&mut self, backend: &dyn Backend, tied: bool) {
         backend.place_matrix(&mut self.embedding);
@@ -158,6 +173,9 @@ impl Decoder {
         let gradient = scale.map(|scale| (pass.sized(dnormed, normed.len()), scale));
         let (head, map) = (&self.head, self.logits);
         pass.backend.cross_entropy(&mut losses, gradient, normed, &targets, head, map, &mut scratch.backend);
+        if let Some(failure) = pass.backend.failure() {
+            return Err(failure.into());
+        }
         if losses.iter().any(|loss| !loss.is_finite()) {
             return Err(ModelError::NotFinite { name: "lm_head".to_owned() });
         }
@@ -373,5 +391,9 @@ impl Mixer {
 }
 
 fn check_finite(pass: &Pass<'_>, values: &Buffer, name: impl FnOnce() -> String) -> Result<(), ModelError> {
-    if pass.backend.is_finite(values) { Ok(()) } else { Err(ModelError::NotFinite { name: name() }) }
+    let finite = pass.backend.is_finite(values);
+    if let Some(failure) = pass.backend.failure() {
+        return Err(failure.into());
+    }
+    if finite { Ok(()) } else { Err(ModelError::NotFinite { name: name() }) }
 }

@@ -17,6 +17,7 @@ use crate::quant::Nf4;
 use crate::quant::nested::{DoubleQuantized, dynamic_map};
 
 mod configs;
+mod device;
 mod golden;
 mod properties;
 mod speed;

@@ -12,6 +12,7 @@ use crate::adapter::{LoraConfig, Targets};
 use crate::backend::{BackendKind, Compute};
 use crate::optimizer::AdamWOptions;
 
+mod device;
 mod memory;
 mod variants;
 

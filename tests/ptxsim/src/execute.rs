@@ -287,10 +287,10 @@ impl Machine<'_> {
         let (source, inlined) = self.module.source(instruction.place);
         Fault {
             kind: details.kind,
-            detail: details.detail,
-            kernel: self.kernel.name.clone(),
+            detail: details.detail.into(),
+            kernel: self.kernel.name.as_str().into(),
             ptx_line: instruction.line,
-            instruction: self.module.line(instruction.line).to_owned(),
+            instruction: self.module.line(instruction.line).into(),
             source,
             inlined,
             block: self.position.block,

@@ -53,17 +53,17 @@ pub enum FaultKind {
 pub struct Fault {
     pub kind: FaultKind,
     /// What was seen, in words.
-    pub detail: String,
-    pub kernel: String,
+    pub detail: Box<str>,
+    pub kernel: Box<str>,
     /// The line in the PTX, from 1; 0 if the launch did not begin.
     pub ptx_line: u32,
     /// The PTX instruction.
-    pub instruction: String,
-    /// The file and the line of the source, if it was compiled with `-lineinfo`; of a function that the compiler has
-    /// put in the place of its call, the call.
-    pub source: Option<(String, u32)>,
-    /// The file and the line inside that function.
-    pub inlined: Option<(String, u32)>,
+    pub instruction: Box<str>,
+    /// The kernel's file and the line in it, if it was compiled with `-lineinfo`; for a function of a header that the
+    /// compiler has put in the place of its call, the line of the call.
+    pub source: Option<(Box<str>, u32)>,
+    /// The header and the line inside that function.
+    pub inlined: Option<(Box<str>, u32)>,
     pub block: [u32; 3],
     pub warp: u32,
     pub lane: Option<u32>,
@@ -75,10 +75,10 @@ impl Fault {
     pub(crate) fn before_launch(kind: FaultKind, kernel: &str, detail: String) -> Self {
         Self {
             kind,
-            detail,
-            kernel: kernel.to_owned(),
+            detail: detail.into(),
+            kernel: kernel.into(),
             ptx_line: 0,
-            instruction: String::new(),
+            instruction: "".into(),
             source: None,
             inlined: None,
             block: [0; 3],

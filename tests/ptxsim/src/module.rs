@@ -12,12 +12,10 @@ pub struct Module {
     constants: Vec<u8>,
     lines: Vec<String>,
     files: BTreeMap<u32, String>,
-    /// For a place that a call was inlined at: where the function around it was inlined itself.
-    calls: BTreeMap<(u32, u32), (u32, u32)>,
 }
 
 /// A source file and a line in it.
-type Source = Option<(String, u32)>;
+type Source = Option<(Box<str>, u32)>;
 
 impl Module {
     /// Reads PTX as NVRTC emits it. An instruction that the interpreter does not know is no error here: it faults when
@@ -32,15 +30,7 @@ impl Module {
             kernels.insert(kernel.name.clone(), kernel);
         }
         let constants = globals.constants;
-        let mut calls = BTreeMap::new();
-        for kernel in kernels.values() {
-            for place in kernel.instructions.iter().filter_map(|instruction| instruction.place) {
-                if let Some(call) = place.inlined_at {
-                    calls.entry((place.file, place.line)).or_insert(call);
-                }
-            }
-        }
-        Ok(Self { kernels, constants, lines, files: text.files, calls })
+        Ok(Self { kernels, constants, lines, files: text.files })
     }
 
     /// The names of the kernels, sorted.
@@ -61,23 +51,15 @@ impl Module {
         self.lines.get(line as usize - 1).map_or("", |line| line.trim())
     }
 
-    /// The line of the kernel, and if a function was inlined there the line in the function.
+    /// The line in the kernel's own file, and if it calls a function of another file that was inlined, the line there.
     pub(crate) fn source(&self, place: Option<Place>) -> (Source, Source) {
         let Some(place) = place else { return (None, None) };
         let name = |(file, line): (u32, u32)| {
             let path = self.files.get(&file).cloned().unwrap_or_else(|| format!("file {file}"));
-            Some((path, line))
+            Some((path.into(), line))
         };
-        let own = (place.file, place.line);
-        let Some(mut outermost) = place.inlined_at else { return (name(own), None) };
-        // A chain of calls is finite; one that the lines alone cannot tell from a circle is cut.
-        for _ in 0..8 {
-            match self.calls.get(&outermost) {
-                Some(call) if *call != outermost => outermost = *call,
-                _ => break,
-            }
-        }
-        (name(outermost), name(own))
+        let is_inlined = place.own != place.in_kernel_file;
+        (name(place.in_kernel_file), name(place.own).filter(|_| is_inlined))
     }
 }
 

@@ -33,7 +33,6 @@ pub(crate) struct Kernel {
     pub(crate) parameter_bytes: usize,
     pub(crate) instructions: Vec<Instruction>,
     pub(crate) opcodes: Vec<String>,
-    /// The text of each PTX line that an instruction comes from is looked up when it faults.
     pub(crate) registers: usize,
     pub(crate) predicates: usize,
     /// Registers that hold the same value in every lane.
@@ -241,14 +240,16 @@ pub(crate) struct Store {
     pub(crate) is_atomic: bool,
 }
 
+/// What an atomic makes of memory, its operand, and a second one (`cas`).
+pub(crate) type Update = Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>;
+
 pub(crate) struct Atomic {
     pub(crate) address: Address,
     /// Nothing for `red`.
     pub(crate) to: Option<Register>,
     pub(crate) from: [Register; 2],
     pub(crate) bytes: usize,
-    /// Memory, the operand, the second operand (`cas`) to memory.
-    pub(crate) update: Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>,
+    pub(crate) update: Update,
 }
 
 pub(crate) struct CopyAsync {

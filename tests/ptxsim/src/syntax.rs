@@ -128,13 +128,13 @@ pub(crate) struct Statement<'a> {
     pub(crate) operands: Vec<Operand<'a>>,
 }
 
-/// Where in the sources an instruction comes from: file number and line.
+/// Where in the sources an instruction comes from: file numbers and lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Place {
-    pub(crate) file: u32,
-    pub(crate) line: u32,
-    /// The call that the compiler has put this function in the place of.
-    pub(crate) inlined_at: Option<(u32, u32)>,
+    /// The line that was compiled to it.
+    pub(crate) own: (u32, u32),
+    /// Of the calls that functions were put in the place of, the innermost in the kernel's own file; else `own`.
+    pub(crate) in_kernel_file: (u32, u32),
 }
 
 #[derive(Clone, Debug)]

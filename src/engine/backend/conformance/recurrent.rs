@@ -1,7 +1,7 @@
 //! The operations with a state: against the reference, against finite differences, and cut into pieces with the
 //! state carried over.
 
-use super::{check, nines, noise};
+use super::{check, check_on_device, check_on_hosts, nines, noise};
 use crate::backend::{
     Backend, Buffer, Carry, Convolution, Cpu, Reference, Scan, ScanGradient, ScanInput, Span,
 };
@@ -18,13 +18,16 @@ fn spans(lengths: &[usize]) -> (Vec<Span>, usize) {
 const CONVOLUTIONS: [(&[usize], usize, usize); 4] =
     [(&[1], 1, 2), (&[3, 1, 70], 20, 4), (&[100], 37, 3), (&[2, 2, 65], 130, 5)];
 
+/// Taps that a device has kernels for.
+const DEVICE_TAPS: usize = 4;
+
 #[test]
 fn convolution_and_its_backward() {
     for (lengths, c, taps) in CONVOLUTIONS {
         let (spans, tokens) = spans(lengths);
         let (weight, bias) = (noise(1, c * taps), noise(2, c));
         let conv = Convolution { weight: &weight, bias: &bias, taps, spans: &spans };
-        check(&format!("convolution {lengths:?} {c} by {taps}"), 1e-5, |backend| {
+        let operation = |backend: &dyn Backend| {
             let (x, dy) = (noise(3, tokens * c), noise(4, tokens * c));
             let (mut y, mut dx) = (nines(tokens * c), nines(tokens * c));
             backend.causal_conv(&mut y, &x, &conv, None);
@@ -36,7 +39,11 @@ fn convolution_and_its_backward() {
             let mut carried = nines(tokens * c);
             backend.causal_conv(&mut carried, &x, &conv, Some(carry));
             vec![y, dx, carried, next]
-        });
+        };
+        check_on_hosts(&format!("convolution {lengths:?} {c} by {taps}"), 1e-5, operation);
+        if taps <= DEVICE_TAPS {
+            check_on_device(&format!("convolution {lengths:?} {c} by {taps}"), operation);
+        }
     }
 }
 

@@ -11,6 +11,8 @@ use Precision::{Exact, Rounded};
 
 /// Logits that exist at a time.
 const LOGITS: usize = 1 << 26;
+/// Rows of a tile of a product.
+const TILE_ROWS: usize = 128;
 
 impl Cuda {
     pub(super) fn entropy(
@@ -23,7 +25,9 @@ impl Cuda {
         map: LogitMap,
     ) {
         let (vocabulary, c, rows) = (head.rows, head.cols, targets.len());
-        let chunk = (LOGITS / vocabulary).clamp(1, rows.max(1));
+        // Rows of logits begin on 16 bytes, and whole tiles of rows are made at a time.
+        let stride = vocabulary.next_multiple_of(8);
+        let chunk = (LOGITS / stride / TILE_ROWS * TILE_ROWS).max(TILE_ROWS).min(rows.max(1));
         let list = self.list(targets.iter().map(|&target| target as usize));
         let hidden = self.input(hidden, Rounded);
         let (dhidden, scale) = match gradient {
@@ -32,30 +36,33 @@ impl Cuda {
         };
         let weight = self.dense(head);
         let losses = DeviceBuffer::new(&self.device, rows, Exact);
-        let logits = DeviceBuffer::new(&self.device, chunk * vocabulary, Exact);
+        let logits = DeviceBuffer::new(&self.device, chunk * stride, Exact);
         let dlogits =
-            DeviceBuffer::new(&self.device, dhidden.as_ref().map_or(0, |_| chunk * vocabulary), Rounded);
+            DeviceBuffer::new(&self.device, dhidden.as_ref().map_or(0, |_| chunk * stride), Rounded);
         let Arg::Pointer(targets) = list.arg() else { unreachable!("BUG: a list is at an address") };
         let (at_logits, at_dlogits) = (Arg::Pointer(logits.at(Exact)), Arg::Pointer(dlogits.at(Rounded)));
         for first in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - first);
             let x = hidden.at(first * c, Rounded);
             let shape = (count, vocabulary, c);
-            self.gemm(Gemm::NtExact, at_logits, (x, weight.arg()), shape, None, Write::Overwrite);
+            let from = ((x, c), weight.arg());
+            self.gemm(Gemm::NtExact, (at_logits, stride), from, shape, None, Write::Overwrite);
             let args = [
                 Arg::Pointer(losses.at_value(first)),
                 if dhidden.is_some() { at_dlogits } else { Arg::Pointer(0) },
                 at_logits,
                 Arg::Pointer(targets + 4 * first as u64),
                 int(vocabulary),
+                int(stride),
                 Arg::F32(map.scale),
                 Arg::F32(map.softcap.unwrap_or(0.0)),
                 Arg::F32(scale),
             ];
-            self.launch("cross_entropy", count, 512, &args);
+            self.launch("cross_entropy_strided", count, 512, &args);
             if let Some(dhidden) = &dhidden {
                 let (dx, shape) = (dhidden.at(first * c, Rounded), (count, c, vocabulary));
-                self.gemm(Gemm::Nn, dx, (at_dlogits, weight.arg()), shape, None, Write::Overwrite);
+                let from = ((at_dlogits, stride), weight.arg());
+                self.gemm(Gemm::Nn, (dx, c), from, shape, None, Write::Overwrite);
             }
         }
         nll.iter_mut().zip(losses.to_host()).for_each(|(nll, loss)| *nll = loss.into());

@@ -13,6 +13,10 @@ use Precision::{Exact, Rounded};
 
 /// Tiles of 128 x 128 below which the smaller ones fill a device better. A constant, so that every device adds alike.
 const FEW_TILES: usize = 128;
+/// Rows up to which decoding a weight where it is used costs less than decoding it once for all of them.
+const FEW_ROWS: usize = 64;
+/// Rows that one pass over a weight's codes can serve.
+const SINGLE_ROWS: usize = 8;
 /// Rows that a piece of a sum over rows takes.
 const SPLIT_ROWS: usize = 512;
 
@@ -57,12 +61,12 @@ impl Cuda {
         }
     }
 
-    /// c (m,n) = or += a (m,k) · bᵀ or b + the extension's.
+    /// c (m,n) = or += a (m,k) · bᵀ or b + the extension's; rows of c and a are `ldc` and `lda` values apart.
     pub(super) fn gemm(
         &self,
         kind: Gemm,
-        c: Arg,
-        (a, b): (Arg, Arg),
+        (c, ldc): (Arg, usize),
+        ((a, lda), b): ((Arg, usize), Arg),
         (m, n, k): (usize, usize, usize),
         extension: Extension,
         write: Write,
@@ -82,9 +86,9 @@ impl Cuda {
         let add = int(usize::from(write == Write::Add));
         let args = [
             c,
-            int(n),
+            int(ldc),
             a,
-            int(k),
+            int(lda),
             b,
             int(ldb),
             a2,
@@ -100,18 +104,43 @@ impl Cuda {
         self.launch(name, grid, 128, &args);
     }
 
+    /// y (m,N) = x (m,K) · Wᵀ + the extension's, with W decoded where it is used: for a step of generation, or the few
+    /// tokens of a prompt. False, and nothing is done, for other weights and for more rows.
+    fn few_rows(&self, y: Arg, x: Arg, weight: &Matrix, m: usize, extension: Extension) -> bool {
+        let Encoded::Nf4 { packed, absmax } = self.matrix(weight).0 else { return false };
+        let (n, k) = (weight.rows, weight.cols);
+        if m > FEW_ROWS || !k.is_multiple_of(64) {
+            return false;
+        }
+        let (h, b, r) = extension.unwrap_or((Arg::Pointer(0), Arg::Pointer(0), 0));
+        let absmax = Arg::Pointer(absmax.at(Exact));
+        let args = [y, x, packed.arg(), absmax, h, b, int(m), int(n), int(k), int(r)];
+        match m <= SINGLE_ROWS {
+            true => self.launch("nf4_gemv", n.div_ceil(16), 256, &args),
+            false => {
+                let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
+                self.start("nf4_gemm", Launch { grid, block: 128, shared: 0 }, &args);
+            }
+        }
+        true
+    }
+
     pub(super) fn linear_forward(&self, y: &mut Buffer, x: &Buffer, weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
         let shape = (x.len() / k, n, k);
-        let (x, y, w) = (self.input(x, Rounded), self.output(y, Rounded), self.dense(weight));
-        self.gemm(Gemm::Nt, y.arg(), (x.arg(), w.arg()), shape, None, write);
+        let (x, y) = (self.input(x, Rounded), self.output(y, Rounded));
+        if write == Write::Overwrite && self.few_rows(y.arg(), x.arg(), weight, shape.0, None) {
+            return;
+        }
+        let w = self.dense(weight);
+        self.gemm(Gemm::Nt, (y.arg(), n), ((x.arg(), k), w.arg()), shape, None, write);
     }
 
     pub(super) fn linear_back(&self, dx: &mut Buffer, dy: &Buffer, weight: &Matrix, write: Write) {
         let (n, k) = (weight.rows, weight.cols);
         let shape = (dy.len() / n, k, n);
         let (dy, dx, w) = (self.input(dy, Rounded), self.output(dx, Rounded), self.dense(weight));
-        self.gemm(Gemm::Nn, dx.arg(), (dy.arg(), w.arg()), shape, None, write);
+        self.gemm(Gemm::Nn, (dx.arg(), k), ((dy.arg(), n), w.arg()), shape, None, write);
     }
 
     /// y (T,N) = x (T,K) · Wᵀ + h · Bᵀ, or without W y += h · Bᵀ; writes h.
@@ -131,10 +160,18 @@ impl Cuda {
         self.start("lora_down", narrow(t, r), &args);
         match weight {
             Some(weight) => {
-                let (w, extension) = (self.dense(weight), Some((h.arg(), b.arg(), r)));
-                self.gemm(Gemm::Nt, y.arg(), (x.arg(), w.arg()), (t, n, k), extension, Write::Overwrite);
+                let extension = Some((h.arg(), b.arg(), r));
+                if self.few_rows(y.arg(), x.arg(), weight, t, extension) {
+                    return;
+                }
+                let w = self.dense(weight);
+                let from = ((x.arg(), k), w.arg());
+                self.gemm(Gemm::Nt, (y.arg(), n), from, (t, n, k), extension, Write::Overwrite);
             }
-            None => self.gemm(Gemm::Nt, y.arg(), (h.arg(), b.arg()), (t, n, r), None, Write::Add),
+            None => {
+                let from = ((h.arg(), r), b.arg());
+                self.gemm(Gemm::Nt, (y.arg(), n), from, (t, n, r), None, Write::Add);
+            }
         }
     }
 
@@ -162,9 +199,13 @@ impl Cuda {
         match weight {
             Some(weight) => {
                 let (w, extension) = (self.dense(weight), Some((dh.arg(), a.arg(), r)));
-                self.gemm(Gemm::Nn, dx.arg(), (dy.arg(), w.arg()), (t, k, n), extension, write);
+                let from = ((dy.arg(), n), w.arg());
+                self.gemm(Gemm::Nn, (dx.arg(), k), from, (t, k, n), extension, write);
             }
-            None => self.gemm(Gemm::Nn, dx.arg(), (dh.arg(), a.arg()), (t, k, r), None, write),
+            None => {
+                let from = ((dh.arg(), r), a.arg());
+                self.gemm(Gemm::Nn, (dx.arg(), k), from, (t, k, r), None, write);
+            }
         }
     }
 

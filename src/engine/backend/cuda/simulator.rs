@@ -7,6 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use ptxsim::Module;
 
 use super::device::{Arg, Device, DeviceError, Launch};
+use super::nvrtc::{Compiler, LINES};
+use super::program::{PORTABLE_ARCHITECTURE, Program};
 
 /// The interpreter and what was asked of it.
 #[derive(Debug)]
@@ -34,14 +36,22 @@ impl std::fmt::Debug for Memory {
     }
 }
 
-/// The modules of all files.
-static MODULES: LazyLock<Vec<Module>> = LazyLock::new(|| {
-    let parsed = |ptx: String| Module::parse(&ptx).unwrap_or_else(|error| panic!("{error}"));
-    std::fs::read_dir("/tmp/ptx")
-        .unwrap()
-        .map(|entry| parsed(std::fs::read_to_string(entry.unwrap().path()).unwrap()))
-        .collect()
+/// The modules of all files, by the names of their kernels: of NVRTC as it is here, with the lines of the sources.
+static MODULES: LazyLock<BTreeMap<&'static str, Module>> = LazyLock::new(|| {
+    let compiler = Compiler::found().unwrap_or_else(|error| panic!("{error}"));
+    let parsed = |program: &'static Program| {
+        let ptx = program.ptx(compiler, PORTABLE_ARCHITECTURE, &[LINES]);
+        let ptx = ptx.unwrap_or_else(|error| panic!("`{}`: {error}", program.name));
+        let module = Module::parse(&ptx).unwrap_or_else(|error| panic!("`{}`: {error}", program.name));
+        (program.name.as_str(), module)
+    };
+    Program::all().iter().map(parsed).collect()
 });
+
+fn module(kernel: &str) -> &'static Module {
+    let module = MODULES.values().find(|module| module.kernels().any(|name| name == kernel));
+    module.unwrap_or_else(|| panic!("no file of `kernels/` has `{kernel}`"))
+}
 
 impl Simulator {
     pub(crate) fn new() -> Arc<Self> {
@@ -113,8 +123,7 @@ impl Device for Simulator {
             })
             .collect();
         let size = ptxsim::Launch { grid: launch.grid, block: [launch.block, 1, 1], shared: launch.shared };
-        let module = MODULES.iter().find(|module| module.kernels().any(|name| name == kernel));
-        let module = module.unwrap_or_else(|| panic!("no file of `kernels/` has `{kernel}`"));
+        let module = module(kernel);
         if let Err(fault) = memory.device.launch(module, kernel, &size, &args) {
             panic!("`{kernel}` {launch:?}: {fault}");
         }

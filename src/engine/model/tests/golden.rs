@@ -75,7 +75,7 @@ fn assert_close(what: &str, got: f64, golden: f64) {
 }
 
 /// Loss and gradients of the golden batch.
-fn gradients(model: &Model, adapter: &Adapter) -> (f64, Gradients) {
+pub(super) fn gradients(model: &Model, adapter: &Adapter) -> (f64, Gradients) {
     let (mut gradients, mut workspace) = (Gradients::new(adapter), Workspace::default());
     let scale = 1.0 / SUPERVISED as f32;
     let got = model.loss_and_gradients(adapter, &pack(), scale, &mut gradients, &mut workspace).unwrap();
@@ -228,7 +228,7 @@ fn bad_value_is_named() {
 }
 
 /// How far the logits, the last hidden states and all gradients together are off, the last by their distance.
-fn errors(family: &str, device: &Compute) -> [(&'static str, f64); 3] {
+pub(super) fn errors(family: &str, device: &Compute) -> [(&'static str, f64); 3] {
     let (golden, lora) =
         (Golden::open(family, "golden.safetensors"), Golden::open(family, "lora.safetensors"));
     let (model, mut workspace) = (model(family, device), Workspace::default());

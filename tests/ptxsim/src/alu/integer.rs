@@ -2,6 +2,7 @@
 
 use super::Opcode;
 use crate::lanes::{Bits, Function, low_bits, one, sign_extend, three, two};
+use crate::program::Update;
 use crate::syntax::{Kind, Type};
 
 pub(super) fn function(opcode: &Opcode<'_>, of: Type) -> Option<Function> {
@@ -11,7 +12,7 @@ pub(super) fn function(opcode: &Opcode<'_>, of: Type) -> Option<Function> {
     }
     match (of.kind, of.bits) {
         (Kind::Signed, 16) => signed_16(opcode),
-        (Kind::Signed, 32) => signed_32(opcode),
+        (Kind::Signed, 32) => words(opcode).or_else(|| signed_32(opcode)),
         (Kind::Signed, 64) => signed_64(opcode),
         (_, 16) => unsigned_16(opcode),
         (_, 32) => words(opcode).or_else(|| unsigned_32(opcode)),
@@ -188,7 +189,7 @@ pub(crate) fn logic_of_three(table: u64) -> Function {
 }
 
 /// What an atomic instruction makes of memory, its operand and a second one (`cas`).
-pub(crate) fn update(opcode: &Opcode<'_>) -> Option<Box<dyn Fn(u64, u64, u64) -> u64 + Send + Sync>> {
+pub(crate) fn update(opcode: &Opcode<'_>) -> Option<Update> {
     let of = opcode.of()?;
     let (bits, mask) = (of.bits, low_bits(of.bits));
     let signed = move |value: u64| sign_extend(value, bits);

@@ -11,7 +11,7 @@ use crate::warp::Warp;
 
 /// The memory that an address is in, and the address there.
 pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
-    if space == Space::Shared && address >= SHARED_WINDOW && address < SHARED_WINDOW + WINDOW_BYTES {
+    if space == Space::Shared && (SHARED_WINDOW..SHARED_WINDOW + WINDOW_BYTES).contains(&address) {
         return (Space::Shared, address - SHARED_WINDOW);
     }
     if !matches!(space, Space::Generic | Space::Global) {
@@ -31,7 +31,7 @@ pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
 
 #[inline]
 fn check_alignment(address: u64, bytes: usize) -> Result<(), Mistake> {
-    if address % bytes as u64 == 0 {
+    if address.is_multiple_of(bytes as u64) {
         return Ok(());
     }
     let detail = format!("an access of {bytes} bytes at an address that is no multiple of {bytes}");
@@ -191,16 +191,11 @@ fn constant<const BYTES: usize>(constants: &[u8], address: u64) -> Result<[u8; B
 }
 
 /// The addresses of a warp's access, by memory.
+#[derive(Default)]
 pub(crate) struct Seen {
     pub(crate) global: Mask,
     pub(crate) shared: Mask,
     pub(crate) addresses: Lanes,
-}
-
-impl Default for Seen {
-    fn default() -> Self {
-        Self { global: 0, shared: 0, addresses: [0; 32] }
-    }
 }
 
 impl Seen {

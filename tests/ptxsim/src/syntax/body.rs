@@ -1,5 +1,7 @@
 //! The inside of a kernel or function: registers, variables, labels, instructions.
 
+use std::collections::BTreeMap;
+
 use super::module::variable;
 use super::tokens::{Token, Tokens, number};
 use super::{Item, Operand, ParseError, Place, Space, Statement, Type};
@@ -9,7 +11,7 @@ pub(super) fn items<'a>(tokens: &mut Tokens<'a>) -> Result<Vec<Item<'a>>, ParseE
     tokens.expect('{')?;
     let mut items = Vec::new();
     let mut depth = 1;
-    let mut place = None;
+    let mut places = Places::default();
     while depth > 0 {
         let Some(token) = tokens.peek() else { return Err(tokens.error("`}` is missing")) };
         match token {
@@ -30,7 +32,7 @@ pub(super) fn items<'a>(tokens: &mut Tokens<'a>) -> Result<Vec<Item<'a>>, ParseE
             }
             Token::Word(".loc") => {
                 tokens.take();
-                place = source_place(&tokens.rest_of_line()).or(place);
+                places.read(&tokens.rest_of_line());
             }
             Token::Word(word) if word.starts_with('.') => items.extend(directive(tokens)?),
             Token::Word(label) if tokens.peek_second() == Some(Token::Mark(':')) => {
@@ -43,21 +45,41 @@ pub(super) fn items<'a>(tokens: &mut Tokens<'a>) -> Result<Vec<Item<'a>>, ParseE
                     items.push(Item::Label(label));
                 }
             }
-            _ => items.push(Item::Statement(statement(tokens, place)?)),
+            _ => items.push(Item::Statement(statement(tokens, places.current)?)),
         }
     }
     Ok(items)
 }
 
-/// `.loc 1 12 3, function_name $L, inlined_at 1 40 5`
-fn source_place(words: &[Token<'_>]) -> Option<Place> {
-    let pair = |at: usize| match words.get(at..at + 2)? {
-        [Token::Word(file), Token::Word(line)] => Some((file.parse().ok()?, line.parse().ok()?)),
-        _ => None,
-    };
-    let (file, line) = pair(0)?;
-    let call = words.iter().position(|word| *word == Token::Word("inlined_at"));
-    Some(Place { file, line, inlined_at: call.and_then(|at| pair(at + 1)) })
+/// The `.loc` directives so far. Before what was inlined through several calls stands one for each of them, from the
+/// outside in, each with the place of its call only.
+#[derive(Default)]
+struct Places {
+    calls: BTreeMap<(u32, u32), Option<(u32, u32)>>,
+    current: Option<Place>,
+}
+
+impl Places {
+    /// `.loc 1 12 3, function_name $L, inlined_at 1 40 5`
+    fn read(&mut self, words: &[Token<'_>]) {
+        let pair = |at: usize| match words.get(at..at + 2)? {
+            [Token::Word(file), Token::Word(line)] => Some((file.parse().ok()?, line.parse().ok()?)),
+            _ => None,
+        };
+        // Line 0 is code of no line in particular.
+        let Some(own) = pair(0).filter(|(_, line)| *line > 0) else { return };
+        let call = words.iter().position(|word| *word == Token::Word("inlined_at"));
+        self.calls.insert(own, call.and_then(|at| pair(at + 1)));
+        let mut frames = vec![own];
+        while let Some(Some(call)) = self.calls.get(&frames[frames.len() - 1])
+            && !frames.contains(call)
+        {
+            frames.push(*call);
+        }
+        let (kernel_file, _) = frames[frames.len() - 1];
+        let in_kernel_file = frames.iter().find(|frame| frame.0 == kernel_file);
+        self.current = in_kernel_file.map(|frame| Place { own, in_kernel_file: *frame });
+    }
 }
 
 fn directive<'a>(tokens: &mut Tokens<'a>) -> Result<Option<Item<'a>>, ParseError> {

@@ -57,8 +57,8 @@ pub(super) fn query_tiles(spans: &[Span]) -> Vec<[i32; 2]> {
     tiles.iter().map(|&(span, first)| [span as i32, first as i32]).collect()
 }
 
-/// Parts `(span, first row, first position, keys)` for spans of few queries, and joins `(span, first row, first part, parts)`.
-/// Rows are those of `group` heads a query.
+/// Parts `(span, first row, first position, keys)` for spans of few queries, and joins `(span, first row,
+/// first part, parts)`. Rows are those of `group` heads a query.
 pub(super) fn parts(spans: &[Span], group: usize, window: usize) -> (Vec<[i32; 4]>, Vec<[i32; 4]>) {
     let (mut parts, mut joins) = (Vec::new(), Vec::new());
     for (index, span) in spans.iter().enumerate() {
@@ -138,8 +138,8 @@ impl Shape {
         self.spans.iter().flat_map(Span::device).collect()
     }
 
-    /// Visits each query row and head: the row, the head, where its values begin in q, and where the values of each
-    /// key it sees begin in k.
+    /// Visits each query row and head: the row, the head, where its values begin in q, and where the values
+    /// of each key it sees begin in k.
     pub(super) fn each_query(&self, mut visit: impl FnMut(usize, usize, usize, &[usize])) {
         for span in &self.spans {
             for (i, row) in span.queries.clone().enumerate() {
@@ -193,8 +193,8 @@ pub(super) struct Expected {
     pub(super) bound: Vec<f64>,
 }
 
-/// How far a factor of a product on tensor cores is off: its rounding to bf16, and that of the score behind it, which is
-/// below 32 and summed in f32.
+/// How far a factor of a product on tensor cores is off: its rounding to bf16, and that of the score behind
+/// it, which is below 32 and summed in f32.
 pub(super) const FACTOR_ERROR: f64 = 1.0 / 256.0 + 1.0 / 8192.0;
 
 pub(super) fn expected(shape: &Shape, inputs: &Inputs) -> Expected {
@@ -303,7 +303,7 @@ fn check(shape: &Shape) {
     let expected = expected(shape, &inputs);
     let name = format!("{shape:?}");
     for (way, launch) in [("whole", launch as fn(_, _, _, _) -> _), ("in parts", launch_parts)] {
-        let run = |order| launch(kernels("attention.cu"), shape, &inputs, order).unwrap();
+        let run = |order| launch(kernels("attention.cu"), shape, &inputs, order).expect("no fault");
         let (got, reverse): (Outcome, Outcome) = (run(Order::Forward), run(Order::Reverse));
         assert_within(&format!("out of {name}, {way}"), &got.out, &expected.out, &expected.bound);
         // Scores below 32 with an error of some units in the last place.
@@ -350,7 +350,8 @@ fn queries_at_the_end_of_a_cache() {
     }
 }
 
-/// Products on tensor cores that the pairs of queries and keys need at least, `factors` a pair, 2048 multiplications each.
+/// Products on tensor cores that the pairs of queries and keys need at least, `factors` a pair, 2048
+/// multiplications each.
 pub(super) fn useful_products(shape: &Shape, factors: usize) -> f64 {
     let mut pairs = 0;
     shape.each_query(|_, _, _, keys| pairs += keys.len());
@@ -367,7 +368,8 @@ fn memory_is_met_in_whole_sectors_and_without_bank_conflicts() {
         // All but the spans, which the lanes of a warp read together.
         assert!(counts.load_efficiency() >= 1.0, "D = {dim}: {}", counts.load_efficiency());
         assert_eq!(counts.store_efficiency(), 1.0, "D = {dim}");
-        // The diagonal is cut 16 by 16: of 192 keys and queries, 78 such squares, half of the twelve on it wasted.
+        // The diagonal is cut 16 by 16: of 192 keys and queries, 78 such squares, half of the twelve on it
+        // wasted.
         assert_eq!(
             counts.mma as f64,
             useful_products(&shape, 2) * (78.0 * 256.0) / (193.0 * 96.0),
@@ -407,7 +409,8 @@ fn a_window_and_short_queries_leave_out_what_is_not_seen() {
     assert_eq!(mma(17, vec![Span::whole(0..192)]), (12 + 11) * 8);
 }
 
-/// A file of attention kernels with a mistake planted, and only its entries of head dim 16: the others take long to compile.
+/// A file of attention kernels with a mistake planted, and only its entries of head dim 16: the others take
+/// long to compile.
 pub(super) fn planted(file: &str, from: &str, to: &str) -> &'static Module {
     let source = source(file);
     assert_eq!(source.matches(from).count(), 1, "`{from}` in `{file}`");

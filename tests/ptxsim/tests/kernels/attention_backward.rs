@@ -28,7 +28,8 @@ pub(super) struct KeyLists {
     pub(super) slots: usize,
 }
 
-/// Tiles that more than `most` queries visit are cut; `None`: those that would keep the others waiting, at most 128 slots.
+/// Tiles that more than `most` queries visit are cut; `None`: those that would keep the others waiting, at
+/// most 128 slots.
 pub(super) fn key_lists(spans: &[Span], most: Option<usize>) -> KeyLists {
     let mut tiles = Vec::new();
     for span in spans {
@@ -138,7 +139,8 @@ impl Gradient {
     }
 }
 
-/// `dout · v` and delta are below 64 and the slope of a cap is right to 2^-22: how far their combination is off.
+/// `dout · v` and delta are below 64 and the slope of a cap is right to 2^-22: how far their combination is
+/// off.
 const SLOPE_ERROR: f64 = 1.0 / 32768.0;
 
 fn gradients(shape: &Shape, inputs: &Inputs, saved: &Saved) -> [Gradient; 3] {
@@ -237,7 +239,7 @@ impl<'a> Problem<'a> {
     }
 
     fn check(&self) {
-        let run = |order| self.launch(kernels("attention_backward.cu"), order).unwrap();
+        let run = |order| self.launch(kernels("attention_backward.cu"), order).expect("no fault");
         let (got, reverse) = (run(Order::Forward), run(Order::Reverse));
         let expected = gradients(self.shape, &self.inputs, &self.saved);
         for (name, i) in [("dq", 0), ("dk", 1), ("dv", 2)] {
@@ -276,7 +278,8 @@ fn a_prefix_may_be_a_part_of_a_span() {
 fn keys_that_many_see_are_cut_and_their_parts_added() {
     let shape = Shape::plain(4, 2, 16, sharing(70, &[66, 1, 40]));
     let lists = key_lists(&shape.spans, Some(50));
-    // Of the prefix, 177 queries see the first 64 keys, 113 the other 6; 66 those of the next span, 2 its last two.
+    // Of the prefix, 177 queries see the first 64 keys, 113 the other 6; 66 those of the next span, 2 its
+    // last two.
     assert_eq!(lists.sums, [[0, 64, 0, 4], [64, 6, 4, 3], [70, 64, 7, 2]]);
     assert_eq!((lists.tiles.len(), lists.slots), (4 + 3 + 2 + 3, 9));
     for shape in shape.kinds() {
@@ -310,7 +313,7 @@ fn delta_is_the_product_of_the_output_and_its_gradient() {
         // A lane adds up to 64 products of up to 16 each.
         let tolerance = Tolerance::f32(1.0, 64.0 * 256.0 / f64::from(1 << 24));
         assert_close("delta", &download(&device, delta, t * heads), &expected, tolerance);
-        if dim % 16 == 0 {
+        if dim.is_multiple_of(16) {
             assert_eq!((counts.load_efficiency(), counts.store_efficiency() > 0.9), (1.0, t * heads >= 8));
         }
     }

@@ -17,7 +17,9 @@ where
     let to = device.allocate((n + offset) * Y::BYTES) + (offset * Y::BYTES) as u64;
     let launch = Launch { grid: [n.div_ceil(4096) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
     let arguments = [Arg::Pointer(to), Arg::Pointer(from), Arg::I64(n as i64)];
-    let counts = device.launch(kernels("convert.cu"), kernel, &launch, &arguments).unwrap();
+    let counts = device
+        .launch(kernels("convert.cu"), kernel, &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     (download(&device, to, n), counts)
 }
 

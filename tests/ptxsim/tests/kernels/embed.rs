@@ -16,7 +16,9 @@ fn embed(c: usize) -> Counts {
         Arg::I32(c as i32),
     ];
     let launch = Launch { grid: [tokens.len() as u32, 1, 1], block: [128, 1, 1], shared: 0 };
-    let counts = device.launch(kernels("embed.cu"), "embed", &launch, &arguments).unwrap();
+    let counts = device
+        .launch(kernels("embed.cu"), "embed", &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let expected: Vec<f32> =
         tokens.iter().flat_map(|&token| table[token as usize * c..][..c].to_vec()).collect();
     assert_eq!(download_bf16(&device, y, tokens.len() * c), expected, "{c} channels");

@@ -112,7 +112,9 @@ fn large_logits_do_not_overflow() {
     let pointers = [nll, dlogits, logits, targets].map(Arg::Pointer);
     let arguments = [&pointers[..], &[Arg::I32(4), Arg::F32(1.0), Arg::F32(0.0), Arg::F32(1.0)]].concat();
     let launch = Launch { grid: [1, 1, 1], block: [512, 1, 1], shared: 0 };
-    device.launch(kernels("entropy.cu"), "cross_entropy", &launch, &arguments).unwrap();
+    device
+        .launch(kernels("entropy.cu"), "cross_entropy", &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let likely = 1.0 / (1.0 + (-1f64).exp());
     assert_close("nll", &download(&device, nll, 1), &[1.0 - likely.ln()], Tolerance::f32(8.0, 6e-5));
     let expected = [likely, -likely, 0.0, 0.0];
@@ -146,7 +148,9 @@ fn mapped_logits_are_those_of_the_formula() {
             let at = upload(&mut device, &logits);
             let launch = Launch { grid: [n.div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
             let arguments = [Arg::Pointer(at), Arg::I64(n as i64), Arg::F32(scale), Arg::F32(softcap)];
-            device.launch(kernels("entropy.cu"), "map_logits", &launch, &arguments).unwrap();
+            device
+                .launch(kernels("entropy.cu"), "map_logits", &launch, &arguments)
+                .unwrap_or_else(|fault| panic!("{fault}"));
             let map = |&x: &f32| mapped(f64::from(x), f64::from(scale), f64::from(softcap)).0;
             let expected: Vec<f64> = logits.iter().map(map).collect();
             assert_close("map_logits", &download(&device, at, n), &expected, Tolerance::f32(10.0, 0.0));

@@ -1,6 +1,6 @@
 //! `gemm.cu` against plain sums in f64 over the same bf16 values.
 
-use ptxsim::{Arg, Counts, Device, Fault, FaultKind, Launch, Module, Order};
+use ptxsim::{Arg, Counts, Device, FaultKind, Launch, Module, Order};
 
 use crate::harness::{
     Random, Tolerance, assert_close, compile, download, download_bf16, kernels, round_bf16s, source, upload,
@@ -35,7 +35,6 @@ impl Matrix {
 }
 
 struct Case<'a> {
-    module: &'a Module,
     kernel: &'a str,
     /// Rows of a tile, and its columns.
     tile: usize,
@@ -47,15 +46,11 @@ struct Case<'a> {
 impl Case<'_> {
     fn new(kernel: &str) -> Case<'_> {
         let tile = if kernel.ends_with("small") { 64 } else { 128 };
-        Case { module: kernels("gemm.cu"), kernel, tile, add: false, pad: 0, order: Order::Forward }
-    }
-
-    fn check(&self, shape: Shape) -> Counts {
-        self.run(shape).unwrap_or_else(|fault| panic!("{} of {shape:?}: {fault}", self.kernel))
+        Case { kernel, tile, add: false, pad: 0, order: Order::Forward }
     }
 
     /// Runs the product and holds it against the oracle.
-    fn run(&self, (m, n, k, k2): Shape) -> Result<Counts, Fault> {
+    fn check(&self, (m, n, k, k2): Shape) -> Counts {
         let nn = self.kernel.starts_with("gemm_nn");
         let single = self.kernel.contains("f32");
         let (a, a2) = (Matrix::random(1, m, k, self.pad), Matrix::random(2, m, k2, self.pad));
@@ -75,7 +70,9 @@ impl Case<'_> {
         arguments.extend([m, n, k, k2, usize::from(self.add)].map(|size| Arg::I32(size as i32)));
         let tiles = m.div_ceil(self.tile) * n.div_ceil(self.tile);
         let launch = Launch { grid: [tiles as u32, 1, 1], block: [128, 1, 1], shared: 0 };
-        let counts = device.launch(self.module, self.kernel, &launch, &arguments)?;
+        let counts = device
+            .launch(kernels("gemm.cu"), self.kernel, &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{} {m}x{n}x{k}+{k2}: {fault}", self.kernel));
         let factor = |b: &Matrix, l: usize, j: usize| if nn { b.at(l, j) } else { b.at(j, l) };
         let mut expected: Vec<f64> = old.values.iter().map(|&old| f64::from(old)).collect();
         for i in 0..m {
@@ -96,7 +93,7 @@ impl Case<'_> {
         } else {
             assert_close(&name, &download_bf16(&device, c, m * old.ld), &expected, Tolerance::bf16(absolute));
         }
-        Ok(counts)
+        counts
     }
 }
 
@@ -165,9 +162,9 @@ fn a_step_takes_few_instructions_beside_its_products() {
 /// `gemm_nt_small` alone, which compiles sooner, with a mistake planted.
 fn small_with(from: &str, to: &str) -> &'static Module {
     let source = source("gemm.cu");
-    let end = source.find("// One of m and n is a rank").unwrap();
+    let (source, _) = source.split_once("// One of m and n is a rank").expect("the file's last part");
     let others = |line: &&str| !line.starts_with("GEMM(") || line.starts_with("GEMM(gemm_nt_small,");
-    let source: String = source[..end].lines().filter(others).map(|line| format!("{line}\n")).collect();
+    let source: String = source.lines().filter(others).map(|line| format!("{line}\n")).collect();
     assert_eq!(source.matches(from).count(), 1, "`{from}`");
     compile("gemm.cu", &source.replacen(from, to, 1))
 }
@@ -175,8 +172,9 @@ fn small_with(from: &str, to: &str) -> &'static Module {
 #[test]
 fn a_stage_must_be_waited_for_and_released() {
     let fault = |from, to| {
-        let case = Case { module: small_with(from, to), ..Case::new("gemm_nt_small") };
-        case.run((64, 64, 256, 0)).unwrap_err()
+        let (mut device, _, arguments) = square(64, 256);
+        let launch = Launch { grid: [1, 1, 1], block: [128, 1, 1], shared: 0 };
+        device.launch(small_with(from, to), "gemm_nt_small", &launch, &arguments).unwrap_err()
     };
     let early = fault("wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();");
     assert_eq!(early.kind, FaultKind::PendingCopy, "{early}");
@@ -202,7 +200,9 @@ fn transposed(m: usize, n: usize, k: usize, split: usize, pad: usize, order: Ord
     let (rows, cols) = if m > n { (128, 64) } else { (64, 128) };
     let grid = [(m.div_ceil(rows) * n.div_ceil(cols)) as u32, 1, splits as u32];
     let launch = Launch { grid, block: [128, 1, 1], shared: 0 };
-    let counts = device.launch(kernels("gemm.cu"), "gemm_tn_partial", &launch, &arguments).unwrap();
+    let counts = device
+        .launch(kernels("gemm.cu"), "gemm_tn_partial", &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let old = Random::new(8).normals(m * n);
     let c = upload(&mut device, &old);
     let scale = 0.5f32;
@@ -214,7 +214,9 @@ fn transposed(m: usize, n: usize, k: usize, split: usize, pad: usize, order: Ord
         Arg::I64((m * n) as i64),
         Arg::I32(splits as i32),
     ];
-    device.launch(kernels("gemm.cu"), "add_partials", &launch, &arguments).unwrap();
+    device
+        .launch(kernels("gemm.cu"), "add_partials", &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let expected: Vec<f64> = (0..m * n)
         .map(|at| {
             let (i, j) = (at / n, at % n);
@@ -246,20 +248,24 @@ fn gradients_of_pairs_are_right_in_any_shape() {
     assert_eq!((counts.bank_conflicts, counts.load_efficiency(), counts.store_efficiency()), (0, 1.0, 1.0));
 }
 
+/// Two pairs of factors of a product (side,side), depths `k` and 16; the device, where it goes, the arguments.
+fn square(side: usize, k: usize) -> (Device, u64, Vec<Arg>) {
+    let mut device = Device::new();
+    let values = Random::new(9).normals(side * k);
+    let [a, b] = [&values[..], &values[..]].map(|values| upload_bf16(&mut device, values));
+    let c = device.allocate(side * side * 2);
+    let (side, k) = (Arg::I32(side as i32), Arg::I32(k as i32));
+    let [c_at, a, b] = [c, a, b].map(Arg::Pointer);
+    let sizes = [side, side, k, Arg::I32(16), Arg::I32(0)];
+    (device, c, [&[c_at, side, a, k, b, k, b, k, a, k][..], &sizes].concat())
+}
+
 #[test]
 fn bits_depend_neither_on_the_order_of_warps_nor_on_the_tile() {
-    let run = |kernel, tile: usize, order| {
-        let mut device = Device::new();
+    let run = |kernel, tile: u32, order| {
+        let (mut device, c, arguments) = square(128, 72);
         device.order(order);
-        let values = Random::new(9).normals(128 * 72);
-        let [a, b] = [&values[..], &values[..]].map(|values| upload_bf16(&mut device, values));
-        let c = device.allocate(128 * 128 * 2);
-        let pairs =
-            [Arg::Pointer(c), Arg::I32(128), Arg::Pointer(a), Arg::I32(72), Arg::Pointer(b), Arg::I32(72)];
-        let second = [Arg::Pointer(b), Arg::I32(72), Arg::Pointer(a), Arg::I32(72)];
-        let sizes = [128, 128, 72, 16, 0].map(Arg::I32);
-        let launch = Launch { grid: [(128 / tile).pow(2) as u32, 1, 1], block: [128, 1, 1], shared: 0 };
-        let arguments = [&pairs[..], &second, &sizes].concat();
+        let launch = Launch { grid: [(128 / tile).pow(2), 1, 1], block: [128, 1, 1], shared: 0 };
         device.launch(kernels("gemm.cu"), kernel, &launch, &arguments).unwrap();
         download::<u16>(&device, c, 128 * 128)
     };

@@ -62,7 +62,7 @@ impl Coded {
 
     fn value(&self, at: usize, nested: bool) -> f32 {
         let byte = self.packed[at / 2];
-        let code = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+        let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
         round_bf16(CODE[usize::from(code)] * self.scale(at / 64, nested))
     }
 }
@@ -85,7 +85,9 @@ fn dequantize(rows: usize, cols: usize, ld: usize, nested: bool, order: Order) -
     };
     let launch = Launch { grid: [(rows * cols).div_ceil(8192) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
     let arguments = [&[packed], &scales[..], &shape].concat();
-    let counts = device.launch(kernels("nf4.cu"), kernel, &launch, &arguments).unwrap();
+    let counts = device
+        .launch(kernels("nf4.cu"), kernel, &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let got = download_bf16(&device, out, rows * ld);
     for (i, got) in got.into_iter().enumerate() {
         let (row, col) = (i / ld, i % ld);
@@ -127,7 +129,7 @@ fn decoding_uses_whole_sectors_and_few_instructions() {
         assert_eq!(counts.store_efficiency(), 1.0);
         assert_eq!(counts.bank_conflicts, 0);
         let a_value = counts.lane_instructions as f64 / (64.0 * 256.0);
-        assert!(a_value < 11.5, "{a_value} instructions a value");
+        assert!(a_value < 11.0, "{a_value} instructions a value");
     }
 }
 
@@ -193,7 +195,9 @@ fn encoding_is_that_of_the_cpu() {
         let launch = Launch { grid: [n.div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
         let arguments =
             [Arg::Pointer(w), Arg::Pointer(packed_at), Arg::Pointer(absmax_at), Arg::I64(n as i64)];
-        let counts = device.launch(kernels("nf4.cu"), "nf4_quantize", &launch, &arguments).unwrap();
+        let counts = device
+            .launch(kernels("nf4.cu"), "nf4_quantize", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         assert_eq!(download::<u8>(&device, packed_at, packed.len()), packed, "{n} values");
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&download(&device, absmax_at, absmax.len())), bits(&absmax), "{n} values");
@@ -238,7 +242,9 @@ fn nested_scales_are_those_of_the_cpu() {
             Arg::Pointer(scales_at),
             Arg::I64(blocks as i64),
         ];
-        device.launch(kernels("nf4.cu"), "absmax_nest", &launch, &arguments).unwrap();
+        device
+            .launch(kernels("nf4.cu"), "absmax_nest", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         assert_eq!(download::<u8>(&device, codes_at, blocks), codes, "{blocks} scales");
         assert_eq!(download::<f32>(&device, scales_at, scales.len()), scales, "{blocks} scales");
     }
@@ -319,7 +325,7 @@ fn products_with_few_rows_read_the_weight_once_without_conflicts() {
         // Half a byte of code and a sixteenth of scale, and x: 2 bytes a row, read once for 16 or 64 rows of the weight.
         let rows = if kernel == "nf4_gemv" { 16.0 } else { 64.0 };
         assert!(bytes < 0.5625 + 2.0 * m as f64 / rows + 0.25, "{kernel} of {m}: {bytes} bytes a value");
-        assert!(instructions < 12.0, "{kernel} of {m}: {instructions} instructions a value");
+        assert!(instructions < 11.0, "{kernel} of {m}: {instructions} instructions a value");
     }
 }
 

@@ -87,7 +87,9 @@ fn adamw(n: usize, beta1: f64, offset: usize) -> Counts {
         arguments.extend(update.arguments());
         arguments.push(Arg::Pointer(clip_at));
         let launch = Launch { grid: [n.div_ceil(1024) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
-        counts = device.launch(kernels("optimizer.cu"), "adamw", &launch, &arguments).unwrap();
+        counts = device
+            .launch(kernels("optimizer.cu"), "adamw", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         for i in 0..n {
             update.apply(&mut w[i], g[i] * clip, &mut m[i], &mut v[i]);
         }
@@ -121,7 +123,9 @@ fn rounded_values_and_clipping_may_be_left_out() {
     arguments.extend(update.arguments());
     arguments.push(Arg::Pointer(0));
     let launch = Launch { grid: [1, 1, 1], block: [256, 1, 1], shared: 0 };
-    device.launch(kernels("optimizer.cu"), "adamw", &launch, &arguments).unwrap();
+    device
+        .launch(kernels("optimizer.cu"), "adamw", &launch, &arguments)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let (mut w, mut m, mut v) = (1.0, 0.0, 0.0);
     update.apply(&mut w, 0.5, &mut m, &mut v);
     assert_eq!(download::<f32>(&device, w_at, 6), [w; 6]);
@@ -189,7 +193,9 @@ fn adamw8(n: usize, order: Order) -> Counts {
         arguments.extend(update.arguments());
         arguments.push(Arg::Pointer(0));
         let launch = Launch { grid: [n.div_ceil(2048) as u32, 1, 1], block: [256, 1, 1], shared: 0 };
-        counts = device.launch(kernels("optimizer.cu"), "adamw8", &launch, &arguments).unwrap();
+        counts = device
+            .launch(kernels("optimizer.cu"), "adamw8", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         for block in 0..blocks {
             let values = block * 256..n.min(block * 256 + 256);
             let (mut first, mut second) = (vec![0.0; values.len()], vec![0.0; values.len()]);
@@ -234,14 +240,18 @@ fn norms_and_factors_are_those_of_torch() {
         let out = device.allocate(8);
         let launch = Launch { grid: [count as u32, 1, 1], block: [256, 1, 1], shared: 0 };
         let arguments = [Arg::Pointer(g_at), Arg::Pointer(partial), Arg::I64(n as i64)];
-        let counts = device.launch(kernels("optimizer.cu"), "sum_of_squares", &launch, &arguments).unwrap();
+        let counts = device
+            .launch(kernels("optimizer.cu"), "sum_of_squares", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         if n == 4096 {
             assert_eq!(counts.load_efficiency(), 1.0);
         }
         let launch = Launch { grid: [1, 1, 1], block: [256, 1, 1], shared: 0 };
         let arguments =
             [Arg::Pointer(out), Arg::Pointer(partial), Arg::I32(count as i32), Arg::F32(max_norm)];
-        device.launch(kernels("optimizer.cu"), "clip_factor", &launch, &arguments).unwrap();
+        device
+            .launch(kernels("optimizer.cu"), "clip_factor", &launch, &arguments)
+            .unwrap_or_else(|fault| panic!("{fault}"));
         let [norm, factor] = download::<f32>(&device, out, 2).try_into().unwrap();
         let expected = g.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>().sqrt();
         // 16 squares of a thread and 8 levels above it in f32.

@@ -263,14 +263,15 @@ fn chunks_use_whole_sectors_and_all_banks() {
         assert_eq!((counts.store_efficiency(), counts.bank_conflicts), (1.0, 0), "{name}");
         assert!(counts.load_efficiency() > 0.92, "{name}: {}", counts.load_efficiency());
     }
-    // A product of 16 · 8 · 16 an instruction. The first chunk of a span reads no state.
+    // A product of 16 · 8 · 16 an instruction. No state is read by a span's first chunk, nor a gradient of one by its last.
     let (square, wide) = (64 * 64 * 64 / 2048, 64 * 64 * 128 / 2048);
     let all = (heads * chunks) as u64;
     assert_eq!(cost(&forward, "scan_outputs_128").mma, all * (square + 2 * wide) - all / 2 * wide);
     let counts = cost(&backward, "scan_gradients_128");
-    assert_eq!(counts.mma, all * (2 * square + 5 * wide) + chunks as u64 * wide);
+    let (inside, passed) = (2 * square + 2 * wide, heads as u64 * 3 * wide);
+    assert_eq!(counts.mma, all * inside + passed + chunks as u64 * wide);
     assert!(counts.bank_conflicts * 50 < counts.shared_accesses, "{} conflicts", counts.bank_conflicts);
-    assert!(counts.warp_instructions < 14 * counts.mma, "{} instructions", counts.warp_instructions);
+    assert!(counts.warp_instructions < 16 * counts.mma, "{} instructions", counts.warp_instructions);
 }
 
 #[test]
