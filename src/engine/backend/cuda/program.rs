@@ -104,13 +104,18 @@ impl Program {
         architecture: &str,
         kept: &Kept,
     ) -> Result<Vec<u8>, NvrtcError> {
-        let key = self.digest(&options(architecture, &[]), compiler.identity());
+        let key = self.key(compiler, architecture);
         if let Some(code) = kept.get(key) {
             return Ok(code);
         }
         let code = compiler.cubin(self.text(&self.header_names()), architecture, &[])?;
         kept.put(key, &code);
         Ok(code)
+    }
+
+    /// Under what its code is kept.
+    pub(super) fn key(&self, compiler: &Compiler, architecture: &str) -> blake3::Hash {
+        self.digest(&options(architecture, &[]), compiler.identity())
     }
 
     fn header_names(&self) -> Vec<(&str, &str)> {
@@ -187,6 +192,11 @@ impl Kept {
         Self(FOLDER.get().cloned().or_else(|| cache().map(|cache| cache.join("tunesmith/cubins"))))
     }
 
+    #[cfg(test)]
+    pub(super) fn at(folder: PathBuf) -> Self {
+        Self(Some(folder))
+    }
+
     fn path(&self, key: blake3::Hash) -> Option<PathBuf> {
         self.0.as_ref().map(|folder| folder.join(format!("{key}.cubin")))
     }
@@ -199,7 +209,7 @@ impl Kept {
     }
 
     /// Keeps code. A folder that cannot be written costs the next process time, nothing else.
-    fn put(&self, key: blake3::Hash, code: &[u8]) {
+    pub(super) fn put(&self, key: blake3::Hash, code: &[u8]) {
         let Some(path) = self.path(key) else { return };
         if let Err(error) = write_whole(&path, &[blake3::hash(code).as_bytes(), code].concat()) {
             tracing::warn!("a compiled kernel cannot be kept: {error}");

@@ -98,11 +98,11 @@ fn headers_are_found_through_headers() {
 #[test]
 fn code_is_compiled_once_and_a_damaged_file_again() {
     let (folder, compiler) = (tempfile::tempdir().unwrap(), Compiler::found().unwrap());
-    let kept = Kept(Some(folder.path().join("cubins")));
+    let kept = Kept::at(folder.path().join("cubins"));
     let program = Program::of_entry("rope").unwrap();
     let code = program.cubin(compiler, "sm_89", &kept).unwrap();
     let file = std::fs::read_dir(folder.path().join("cubins")).unwrap().next().unwrap().unwrap().path();
-    let key = program.digest(&options("sm_89", &[]), compiler.identity());
+    let key = program.key(compiler, "sm_89");
     assert_eq!(kept.get(key).unwrap(), code);
 
     // What is kept is taken: other code under the same name, with its own digest, is believed.
