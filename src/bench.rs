@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::adapter::{Adapter, AdapterError, Gradients, LoraConfig, Targets};
-use tunesmith_engine::backend::{Compute, Cpu, NoSuchSet};
+use tunesmith_engine::backend::{BackendError, BackendKind, Compute, Cpu};
 use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
@@ -33,7 +33,7 @@ pub(crate) enum BenchError {
     #[error(transparent)]
     Adapter(#[from] AdapterError),
     #[error(transparent)]
-    InstructionSet(#[from] NoSuchSet),
+    Backend(#[from] BackendError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("`{}` has no line with a text to go on with", path.display())]
@@ -101,10 +101,13 @@ pub(crate) struct TrainingFigures {
     pub(crate) cpu_ms: f64,
     /// Floating-point operations of a step, a multiply-add as two; see `Model::training_flops`.
     pub(crate) flops: f64,
-    /// Billions of floating-point operations a second that so many threads do at most, as measured before.
-    pub(crate) peak_gflop_s: f64,
+    /// Billions of floating-point operations a second that so many threads do at most, as measured before; not
+    /// measured on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) peak_gflop_s: Option<f64>,
     /// How much of that the median step reaches.
-    pub(crate) peak_percent: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) peak_percent: Option<f64>,
     pub(crate) peak_rss_bytes: u64,
     /// Mean loss of each step, warmup too.
     pub(crate) losses: Vec<f64>,
@@ -135,8 +138,9 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         workspace.recompute_layers(model.config().num_hidden_layers());
     }
     // Before and after the steps: a busy moment would lower the peak and flatter them.
-    let cpu = Cpu::new(base.compute.threads)?;
-    let peak_before = kernels::peak_gflop_s(&cpu);
+    let on_cpu = base.compute.kind == BackendKind::Cpu;
+    let cpu = on_cpu.then(|| Cpu::new(base.compute.threads)).transpose().map_err(BackendError::from)?;
+    let peak_before = cpu.as_ref().map(kernels::peak_gflop_s);
     let marks = vec![true; training.seq];
     let (mut seconds, mut busy, mut losses, mut flops) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
     for step in tokens.chunks_exact(per_step) {
@@ -154,7 +158,8 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         losses.push(loss.nll / loss.supervised as f64);
         flops = model.training_flops(&adapter, &pack);
     }
-    let peak_gflop_s = peak_before.max(kernels::peak_gflop_s(&cpu));
+    let peak_after = cpu.as_ref().map(kernels::peak_gflop_s);
+    let peak_gflop_s = peak_before.zip(peak_after).map(|(before, after)| before.max(after));
     let (median, spread) = median_and_spread(&seconds[training.warmup..]);
     Ok(TrainingFigures {
         tok_s: per_step as f64 / median,
@@ -163,7 +168,7 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         cpu_ms: median_and_spread(&busy[training.warmup..]).0 * 1e3,
         flops,
         peak_gflop_s,
-        peak_percent: 100.0 * flops / median / (peak_gflop_s * 1e9),
+        peak_percent: peak_gflop_s.map(|peak| 100.0 * flops / median / (peak * 1e9)),
         peak_rss_bytes: peak_rss_bytes(),
         losses,
         numerics: model.numerics(),

@@ -4,6 +4,8 @@
 mod bench;
 mod cache;
 mod check;
+mod device;
+mod doctor;
 mod exit_code;
 mod explain;
 mod graph;
@@ -64,6 +66,8 @@ enum Command {
     /// Measure how fast the engine is here
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Say what this machine has for the engine, what it lacks, and what to install next
+    Doctor(doctor::Options),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -155,6 +159,13 @@ pub(crate) fn main() -> ExitCode {
         Command::Cache(command) => store().and_then(|store| cache::main(&command, &store)),
         Command::Model(command) => model::main(&command, store),
         Command::Bench(command) => bench::main(&command),
+        Command::Doctor(options) => {
+            let folder = store_folder(cli.cache.clone());
+            if folder.is_dir() {
+                keep_kernels(&folder);
+            }
+            doctor::main(&options, &folder)
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(
@@ -172,12 +183,21 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn open_store(folder: Option<PathBuf>) -> Result<Store, Failure> {
-    let folder = folder
-        .or_else(|| std::env::var_os("TUNESMITH_CACHE").filter(|value| !value.is_empty()).map(PathBuf::from))
-        .unwrap_or_else(|| PathBuf::from("cache"));
+    let folder = store_folder(folder);
+    keep_kernels(&folder);
     Store::open(&folder).map_err(|error| {
         let hint = error.hint().unwrap_or("name another folder with `--cache DIR` or TUNESMITH_CACHE");
         problems::show_error(&error, Some(hint));
         Failure::Run
     })
+}
+
+fn store_folder(named: Option<PathBuf>) -> PathBuf {
+    named
+        .or_else(|| std::env::var_os("TUNESMITH_CACHE").filter(|value| !value.is_empty()).map(PathBuf::from))
+        .unwrap_or_else(|| PathBuf::from("cache"))
+}
+
+fn keep_kernels(store: &Path) {
+    tunesmith_engine::backend::keep_kernels_in(store.join("cubins"));
 }

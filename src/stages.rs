@@ -7,6 +7,7 @@ use tunesmith_pipeline::stage::{Arity, StageKind};
 
 mod chunk;
 mod dedupe;
+pub(crate) mod device;
 mod eval;
 mod exec;
 mod generate;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use tunesmith_engine::backend::{BackendKind, Compute};
+use tunesmith_engine::backend::Compute;
 use tunesmith_engine::generate::{GenerateOptions, generate};
 use tunesmith_engine::model::{Model, Pack, Workspace};
 use tunesmith_engine::tokenizer::{Message, Specials, Tokenizer};
@@ -61,7 +61,7 @@ fn base(quantize: &str) -> (PathBuf, Value) {
 
 fn open(quantize: &str) -> (Model, Tokenizer, Value) {
     let (folder, expected) = base(quantize);
-    let device = Compute { kind: BackendKind::Cpu, threads: 2 };
+    let device = Compute::cpu(2);
     (Model::open(&folder, &device).unwrap(), Tokenizer::open(&folder).unwrap(), expected)
 }
 

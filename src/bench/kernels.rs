@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::backend::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Cpu,
-    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Span, Write, numerics,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendError, Buffer, Cpu,
+    LogitMap, Lora, LoraGradient, RopeTable, Rotation, Span, Write,
 };
 use tunesmith_engine::matrix::{Bytes, Matrix, Values};
 use tunesmith_engine::process::cpu_seconds;
@@ -57,7 +57,8 @@ pub(crate) fn peak_gflop_s(cpu: &Cpu) -> f64 {
 
 fn peak(threads: usize, memory: usize) -> Result<Peak, BenchError> {
     let values = vec![1.0; memory];
-    let (one, all) = (Cpu::new(1)?, Cpu::new(threads)?);
+    let new = |threads| Cpu::new(threads).map_err(BackendError::from);
+    let (one, all) = (new(1)?, new(threads)?);
     Ok(Peak {
         thread_gflop_s: peak_gflop_s(&one),
         gflop_s: peak_gflop_s(&all),
@@ -136,7 +137,7 @@ pub(crate) fn kernels(options: &Kernels) -> Result<KernelFigures, BenchError> {
     // As much memory as the operations need is enough of a machine for a quick look.
     let memory = if options.tokens < 256 { MEMORY / 16 } else { MEMORY };
     let mut bench = Bench {
-        cpu: Cpu::new(options.threads)?,
+        cpu: Cpu::new(options.threads).map_err(BackendError::from)?,
         tokens: options.tokens,
         rounds: options.rounds,
         peak: peak(options.threads, memory)?,
@@ -152,7 +153,7 @@ pub(crate) fn kernels(options: &Kernels) -> Result<KernelFigures, BenchError> {
     bench.head();
     bench.row_wise();
     Ok(KernelFigures {
-        numerics: numerics(BackendKind::Cpu),
+        numerics: bench.cpu.numerics(),
         threads: options.threads,
         tokens: options.tokens,
         peak: bench.peak,

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use tunesmith_engine::adapter::Targets;
-use tunesmith_engine::backend::{BackendKind, Compute};
 use tunesmith_engine::base::Quantize;
 
+use super::device::{DeviceArgs, Talk};
 use super::exit_code::Failure;
 use super::{print, problems};
 use crate::bench::{
@@ -34,6 +34,8 @@ pub(super) struct ModelArgs {
     /// How the linear layers rest in memory
     #[arg(long, value_enum, default_value_t = Stored::Nf4)]
     base: Stored,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     machine: MachineArgs,
 }
@@ -165,10 +167,11 @@ pub(super) fn main(command: &Command) -> Result<(), Failure> {
                 "`--model` takes a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json",
             ),
             BenchError::Tokens { .. } => Some("take fewer steps, or a longer file"),
+            BenchError::Backend(missing) => Some(missing.hint()),
             _ => None,
         };
         problems::show_error(&error, hint);
-        Failure::Run
+        if matches!(error, BenchError::Backend(_)) { Failure::Usage } else { Failure::Run }
     })
 }
 
@@ -195,13 +198,15 @@ fn train(options: &TrainOptions) -> Result<(), BenchError> {
         },
     )?;
     let TrainingFigures { tok_s, step_ms, spread, peak_percent, peak_rss_bytes, .. } = &figures;
+    let of_peak =
+        peak_percent.map(|percent| format!(", {percent:.0} % of the machine's peak")).unwrap_or_default();
     let first = figures.losses.first().copied().unwrap_or_default();
     let last = figures.losses.last().copied().unwrap_or_default();
     show(
         &options.model.machine,
         &figures,
         &format!(
-            "training: {tok_s:.0} tokens/s, {step_ms:.0} ms a step (spread {:.0} %), {peak_percent:.0} % of the machine's peak, peak memory {} MiB, loss {first:.4} to {last:.4}",
+            "training: {tok_s:.0} tokens/s, {step_ms:.0} ms a step (spread {:.0} %){of_peak}, peak memory {} MiB, loss {first:.4} to {last:.4}",
             spread * 100.0,
             peak_rss_bytes >> 20,
         ),
@@ -261,13 +266,13 @@ fn kernel_lines(figures: &KernelFigures) -> String {
 }
 
 fn open(model: &ModelArgs) -> Result<Base, BenchError> {
-    let threads = model.machine.threads();
+    let compute = model.device.compute(model.machine.threads(), Talk::On)?;
     let quantize = match model.base {
         Stored::Nf4 => Some(Quantize::Nf4),
         Stored::Bf16 => Some(Quantize::None),
         Stored::Source => None,
     };
-    Base::new(&model.model, quantize, Compute { kind: BackendKind::Cpu, threads })
+    Base::new(&model.model, quantize, compute)
 }
 
 impl MachineArgs {

@@ -4,6 +4,7 @@ use clap::Args;
 use tunesmith_pipeline::runner;
 use tunesmith_pipeline::store::Store;
 
+use super::device::{DeviceArgs, Talk};
 use super::exit_code::Failure;
 use super::{ManifestArgs, print, problems};
 
@@ -14,6 +15,8 @@ pub(super) struct Options {
     manifest: ManifestArgs,
     /// The stage
     stage: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print the explanation as JSON
     #[arg(long)]
     json: bool,
@@ -22,6 +25,7 @@ pub(super) struct Options {
 /// Prints one line a reason.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
+    options.device.choose(&pipeline, Talk::Off, options.json)?;
     let explanation = runner::explain(&pipeline, store, &options.stage)
         .map_err(|error| problems::show_runner(&error, options.json))?;
     if options.json {

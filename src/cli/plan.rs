@@ -4,6 +4,7 @@ use clap::Args;
 use tunesmith_pipeline::runner::{self, PlannedState, RunOptions};
 use tunesmith_pipeline::store::Store;
 
+use super::device::{DeviceArgs, Talk};
 use super::exit_code::Failure;
 use super::print::{self, Paint};
 use super::{ManifestArgs, problems};
@@ -18,6 +19,8 @@ pub(super) struct Options {
     /// Treat this stage as if it had to run; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print the plan as JSON
     #[arg(long)]
     json: bool,
@@ -26,6 +29,7 @@ pub(super) struct Options {
 /// Prints one line a stage.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
+    options.device.choose(&pipeline, Talk::Off, options.json)?;
     let run =
         RunOptions { targets: options.stages.clone(), force: options.force.clone(), ..RunOptions::default() };
     let plan =

@@ -68,6 +68,16 @@ pub(super) fn show_error(error: &dyn Error, hint: Option<&str>) {
     }
 }
 
+/// Shows what is wrong with the command line, beyond what its parser sees.
+pub(super) fn show_usage(code: &str, error: &dyn Error, hint: &str, as_json: bool) {
+    if as_json {
+        let error = json!({ "code": code, "message": error.to_string(), "hint": hint });
+        print::json(&json!({ "ok": false, "stages": [], "errors": [error] }));
+    } else {
+        show_error(error, Some(hint));
+    }
+}
+
 /// Shows why the runner did not run, and says how the program ends.
 pub(super) fn show_runner(error: &RunnerError, as_json: bool) -> Failure {
     if as_json {

@@ -10,6 +10,7 @@ use signal_hook::flag;
 use tunesmith_pipeline::runner::{self, RunOptions, RunReport, StageState};
 use tunesmith_pipeline::store::Store;
 
+use super::device::{DeviceArgs, Talk};
 use super::exit_code::Failure;
 use super::print::{self, Paint};
 use super::progress::{Progress, rows_text};
@@ -31,6 +32,8 @@ pub(super) struct Options {
     /// Threads of a stage that uses the whole machine; changes no result [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// After a failure, go on with what does not need it
     #[arg(long)]
     keep_going: bool,
@@ -57,6 +60,8 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
         keep_going: options.keep_going,
         out: options.out.clone(),
     };
+    let talk = if options.quiet { Talk::Off } else { Talk::On };
+    options.device.choose(&pipeline, talk, options.json)?;
     let cancel = stop_signals();
     let progress = Progress::new(options.quiet);
     let report = runner::run(&pipeline, store, &run, &progress, &cancel)

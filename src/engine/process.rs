@@ -13,6 +13,12 @@ pub fn peak_rss_bytes() -> u64 {
     u64::try_from(usage().ru_maxrss).unwrap_or(0) * unit
 }
 
+/// Memory of the machine and how much of it is available, in bytes, where the system says.
+pub fn machine_memory() -> Option<(u64, u64)> {
+    let facts = Facts(fs_err::read_to_string("/proc/meminfo").ok()?);
+    Some((facts.bytes("MemTotal:")?, facts.bytes("MemAvailable:")?))
+}
+
 /// Time that all threads of this process have spent on cores so far, in seconds.
 pub fn cpu_seconds() -> f64 {
     let usage = usage();
@@ -39,14 +45,14 @@ pub(crate) fn memory_before(mapped: u64) -> u64 {
     bytes("RssAnon:") + files + bytes("RssShmem:")
 }
 
-/// What Linux says of this process.
-struct ProcessStatus(String);
+/// What Linux says of this process, or of the machine.
+struct Facts(String);
 
-fn process_status() -> Option<ProcessStatus> {
-    fs_err::read_to_string("/proc/self/status").ok().map(ProcessStatus)
+fn process_status() -> Option<Facts> {
+    fs_err::read_to_string("/proc/self/status").ok().map(Facts)
 }
 
-impl ProcessStatus {
+impl Facts {
     /// The field of this name, `VmHWM:`, which Linux gives in kB of 1024 bytes.
     fn bytes(&self, field: &str) -> Option<u64> {
         let line = self.0.lines().find_map(|line| line.strip_prefix(field))?;

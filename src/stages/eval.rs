@@ -127,7 +127,7 @@ impl StageKind for Eval {
     }
 
     fn numerics(&self, _with: &Value) -> Option<String> {
-        Some(super::train::numerics())
+        Some(super::device::numerics())
     }
 
     fn cost(&self) -> Cost {

@@ -14,9 +14,7 @@ mod wandb;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use tunesmith_engine::backend::{self, BackendKind, Compute};
 use tunesmith_engine::generate::GenerateHooks;
-use tunesmith_engine::model::Model;
 use tunesmith_engine::tokenizer::{Message as Turn, Tokenizer};
 use tunesmith_engine::trainer::{
     self, EvalRecord, ProbeReport, RunPlan, StepRecord, TokenizedExample, TrainError, TrainHooks,
@@ -24,6 +22,7 @@ use tunesmith_engine::trainer::{
 };
 use tunesmith_pipeline::stage::{Arity, Cost, InputSlot, ParamProblem, StageContext, StageError, StageKind};
 
+use super::device::{numerics, open_model};
 use crate::corpus::{Example, Message, read_table};
 use params::Params;
 use tensorboard::Scalar;
@@ -123,24 +122,11 @@ impl StageKind for Train {
     }
 }
 
-/// The numerics class of the CPU this runs on, part of the key of stages whose bytes depend on it.
-pub(super) fn numerics() -> String {
-    backend::numerics(BackendKind::Cpu)
-}
-
 /// Opens the tokenizer of a base folder.
 pub(crate) fn open_tokenizer(base: &Path) -> Result<Tokenizer, StageError> {
     Tokenizer::open(base).map_err(|error| {
         StageError::new("engine::tokenizer", error.to_string())
             .hint("`base` must be a `model` stage with a chat model")
-    })
-}
-
-/// Opens the model of a base folder on the CPU.
-pub(super) fn open_model(base: &Path, threads: usize) -> Result<Model, StageError> {
-    let device = Compute { kind: BackendKind::Cpu, threads };
-    Model::open(base, &device).map_err(|error| {
-        StageError::new("engine::model", error.to_string()).hint("`base` must be a `model` stage")
     })
 }
 

@@ -13,7 +13,8 @@ use tunesmith_pipeline::stage::{StageContext, StageError};
 
 use super::Params;
 use crate::corpus::Message;
-use crate::stages::train::{open_model, open_tokenizer, turns};
+use crate::stages::device::open_model;
+use crate::stages::train::{open_tokenizer, turns};
 
 /// One way of asking the model.
 pub(super) struct Arm {

@@ -14,6 +14,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use super::library::{self, NVRTC_VARIABLE, Surroundings};
 
 /// How the lines of a source are kept in what is made of it.
+#[cfg(test)]
 pub(crate) const LINES: &str = "-lineinfo";
 /// Options of every compilation.
 pub(crate) const OPTIONS: [&str; 1] = ["--std=c++17"];
@@ -162,6 +163,7 @@ impl Compiler {
     ///
     /// # Errors
     /// The architecture is unknown, or the source is refused; the message is the compiler's.
+    #[cfg(test)]
     pub(crate) fn ptx(
         &self,
         text: Text<'_>,

@@ -15,9 +15,6 @@ use super::nvrtc::{Compiler, NvrtcError, Text, options};
 
 /// What the portable PTX is compiled for: the oldest architecture that computes in bfloat16.
 pub(crate) const PORTABLE_ARCHITECTURE: &str = "sm_80";
-/// The PTX version that the portable text claims, which drivers since 470 read. NVRTC claims its own, which only a
-/// driver as new reads, though it uses nothing newer than this.
-const PORTABLE_VERSION: &str = "7.4";
 /// Opens the part of a file in the portable PTX, before the file's name and the digest of its source.
 const PART: &str = "// kernels/";
 /// Part of the name of every kept file; to be changed with their layout.
@@ -65,6 +62,7 @@ impl Program {
     }
 
     /// The file that has the kernel `entry`.
+    #[cfg(test)]
     pub(crate) fn of_entry(entry: &str) -> Option<&'static Self> {
         Self::all().iter().find(|program| program.entries().any(|name| name == entry))
     }
@@ -79,13 +77,14 @@ impl Program {
 
     /// The PTX for every device since [`PORTABLE_ARCHITECTURE`].
     pub(crate) fn portable(&self) -> &'static str {
-        portable_parts().get(self.name.as_str()).map_or("", |part| part.ptx)
+        portable_parts().get(self.name.as_str()).copied().unwrap_or_default()
     }
 
-    /// The PTX for `architecture`, as NVRTC emits it.
+    /// The PTX for `architecture`, as NVRTC emits it: for the interpreter, and for the portable text.
     ///
     /// # Errors
     /// As [`Compiler::ptx`].
+    #[cfg(test)]
     pub(crate) fn ptx(
         &self,
         compiler: &Compiler,
@@ -105,13 +104,18 @@ impl Program {
         architecture: &str,
         kept: &Kept,
     ) -> Result<Vec<u8>, NvrtcError> {
-        let key = self.digest(&options(architecture, &[]), compiler.identity());
+        let key = self.key(compiler, architecture);
         if let Some(code) = kept.get(key) {
             return Ok(code);
         }
         let code = compiler.cubin(self.text(&self.header_names()), architecture, &[])?;
         kept.put(key, &code);
         Ok(code)
+    }
+
+    /// Under what its code is kept.
+    pub(super) fn key(&self, compiler: &Compiler, architecture: &str) -> blake3::Hash {
+        self.digest(&options(architecture, &[]), compiler.identity())
     }
 
     fn header_names(&self) -> Vec<(&str, &str)> {
@@ -154,23 +158,15 @@ fn add_headers(text: &str, headers: &mut BTreeMap<String, &'static str>) {
     }
 }
 
-/// The part of a file in the portable PTX.
-#[derive(Debug, Clone, Copy)]
-struct Part {
-    /// Of the source it was made of, in hex.
-    digest: &'static str,
-    ptx: &'static str,
-}
-
-fn portable_parts() -> &'static BTreeMap<&'static str, Part> {
-    static PARTS: OnceLock<BTreeMap<&'static str, Part>> = OnceLock::new();
+/// The parts of the portable PTX by their files' names.
+fn portable_parts() -> &'static BTreeMap<&'static str, &'static str> {
+    static PARTS: OnceLock<BTreeMap<&'static str, &'static str>> = OnceLock::new();
     PARTS.get_or_init(|| {
-        let parts = PORTABLE.split(PART).skip(1).filter_map(|part| {
+        let part = |part: &'static str| {
             let (head, ptx) = part.split_once('\n')?;
-            let (name, digest) = head.split_once(' ')?;
-            Some((name, Part { digest, ptx }))
-        });
-        parts.collect()
+            Some((head.split(' ').next()?, ptx))
+        };
+        PORTABLE.split(PART).skip(1).filter_map(part).collect()
     })
 }
 
@@ -196,6 +192,11 @@ impl Kept {
         Self(FOLDER.get().cloned().or_else(|| cache().map(|cache| cache.join("tunesmith/cubins"))))
     }
 
+    #[cfg(test)]
+    pub(super) fn at(folder: PathBuf) -> Self {
+        Self(Some(folder))
+    }
+
     fn path(&self, key: blake3::Hash) -> Option<PathBuf> {
         self.0.as_ref().map(|folder| folder.join(format!("{key}.cubin")))
     }
@@ -208,7 +209,7 @@ impl Kept {
     }
 
     /// Keeps code. A folder that cannot be written costs the next process time, nothing else.
-    fn put(&self, key: blake3::Hash, code: &[u8]) {
+    pub(super) fn put(&self, key: blake3::Hash, code: &[u8]) {
         let Some(path) = self.path(key) else { return };
         if let Err(error) = write_whole(&path, &[blake3::hash(code).as_bytes(), code].concat()) {
             tracing::warn!("a compiled kernel cannot be kept: {error}");

@@ -4,6 +4,10 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 
+/// The PTX version that the portable text claims, which drivers since 470 read. NVRTC claims its own, which only a
+/// driver as new reads, though it uses nothing newer than this.
+const PORTABLE_VERSION: &str = "7.4";
+
 fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels")
 }
@@ -54,10 +58,9 @@ fn portable_ptx_is_that_of_the_sources() {
         return;
     }
     for program in Program::all() {
-        let made_of = portable_parts().get(program.name.as_str()).map_or("nothing", |part| part.digest);
-        assert_eq!(
-            made_of,
-            portable_digest(program),
+        let head = format!("{PART}{} {}\n", program.name, portable_digest(program));
+        assert!(
+            PORTABLE.contains(&head),
             "`{}` has changed: TUNESMITH_BLESS=1 cargo test -p tunesmith-engine --lib portable_ptx",
             program.name
         );
@@ -95,11 +98,11 @@ fn headers_are_found_through_headers() {
 #[test]
 fn code_is_compiled_once_and_a_damaged_file_again() {
     let (folder, compiler) = (tempfile::tempdir().unwrap(), Compiler::found().unwrap());
-    let kept = Kept(Some(folder.path().join("cubins")));
+    let kept = Kept::at(folder.path().join("cubins"));
     let program = Program::of_entry("rope").unwrap();
     let code = program.cubin(compiler, "sm_89", &kept).unwrap();
     let file = std::fs::read_dir(folder.path().join("cubins")).unwrap().next().unwrap().unwrap().path();
-    let key = program.digest(&options("sm_89", &[]), compiler.identity());
+    let key = program.key(compiler, "sm_89");
     assert_eq!(kept.get(key).unwrap(), code);
 
     // What is kept is taken: other code under the same name, with its own digest, is believed.
