@@ -4,9 +4,9 @@
 
 mod compiled;
 mod harness;
-
 mod planted;
 
 mod kernels {
+    mod resources;
     mod shared;
 }

@@ -15,7 +15,7 @@ the kernels are compiled by NVRTC, a library that needs neither a GPU nor a tool
 
 /// What a program is compiled for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Options<'a> {
+enum Options<'a> {
     /// PTX that every later card takes, with source lines.
     Portable,
     /// Machine code of one architecture; the log names registers and spills.
@@ -42,6 +42,7 @@ struct Nvrtc {
     ptx: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
     log_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
     log: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    version: Symbol<unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status>,
     error: Symbol<unsafe extern "C" fn(Status) -> *const c_char>,
 }
 
@@ -51,8 +52,17 @@ pub(crate) fn ptx(name: &str, source: &str) -> Result<String, String> {
 }
 
 /// NVRTC's log of compiling `source` to machine code for `arch` (`sm_80`): registers, spills, shared memory.
-pub(crate) fn resources(name: &str, source: &str, arch: &str) -> Result<String, String> {
+pub(crate) fn report(name: &str, source: &str, arch: &str) -> Result<String, String> {
     run(name, source, Options::Cubin(arch)).map(|(_, log)| log)
+}
+
+/// As in `13.0`.
+pub(crate) fn version() -> String {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: NVRTC writes two numbers.
+    let status = unsafe { (nvrtc().version)(&raw mut major, &raw mut minor) };
+    assert_eq!(status, 0, "NVRTC does not know its version");
+    format!("{major}.{minor}")
 }
 
 fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String), String> {
@@ -180,6 +190,7 @@ fn load(folder: &Path, library: &Path) -> Result<Nvrtc, libloading::Error> {
             ptx: library.get(b"nvrtcGetPTX\0")?,
             log_size: library.get(b"nvrtcGetProgramLogSize\0")?,
             log: library.get(b"nvrtcGetProgramLog\0")?,
+            version: library.get(b"nvrtcVersion\0")?,
             error: library.get(b"nvrtcGetErrorString\0")?,
         }
     };
