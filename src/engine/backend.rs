@@ -27,6 +27,8 @@ mod memory;
 mod reference;
 
 pub use cpu::{Cpu, NoSuchSet, check_instruction_set, instruction_sets};
+#[cfg(test)]
+pub(crate) use cuda::simulator::Simulator;
 pub use cuda::{
     CudaError, DeviceError, DeviceMatrix, Gpu, NvrtcError, Toolkit, cuda_version, keep_kernels_in,
 };
@@ -93,6 +95,15 @@ impl Compute {
     /// An NVIDIA GPU.
     pub const fn cuda(device: usize) -> Self {
         Self { kind: BackendKind::Cuda, threads: 0, device }
+    }
+
+    /// The device of tests: the interpreter of PTX, or a GPU where `TUNESMITH_TEST_GPU` is set.
+    #[cfg(test)]
+    pub(crate) fn test_device() -> Self {
+        match std::env::var_os("TUNESMITH_TEST_GPU") {
+            Some(_) => Self::cuda(0),
+            None => Self { kind: BackendKind::Simulated, threads: 1, device: 0 },
+        }
     }
 
     /// The backend this describes.
@@ -335,6 +346,15 @@ pub struct ScanGradient<'a> {
     pub drate: Option<&'a mut Buffer>,
 }
 
+/// The memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// What nobody uses.
+    pub free: u64,
+    /// What this backend took at most.
+    pub peak: u64,
+}
+
 /// The largest shapes that a backend computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -361,6 +381,11 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Why what was asked of this backend lately was not done, if it was not: the results are then useless.
     fn failure(&self) -> Option<DeviceError> {
+        None
+    }
+
+    /// The memory of the device, where this backend computes on one.
+    fn device_memory(&self) -> Option<DeviceMemory> {
         None
     }
 
