@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use super::*;
 use crate::adapter::{LoraConfig, Targets};
-use crate::backend::{BackendKind, Compute};
+use crate::backend::Compute;
 use crate::model::Pack;
 use crate::random::Random;
 

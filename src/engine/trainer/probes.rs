@@ -210,7 +210,7 @@ mod tests {
     use super::super::{Batch, TrainOptions, prepare, train};
     use super::*;
     use crate::adapter::{LoraConfig, Targets};
-    use crate::backend::{BackendKind, Compute};
+    use crate::backend::Compute;
 
     fn model() -> Model {
         let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/llama");
