@@ -42,6 +42,8 @@ thread_local! {
 /// What an operation on a device may be off by, of the largest value: a few roundings to bfloat16 (2⁻⁹ each), for what
 /// it hands on to the next one is rounded as well.
 const DEVICE_TOLERANCE: f32 = 1.5e-2;
+/// Added to that value: over one or two keys, gradients of scores are small differences of rounded values near 1.
+const DEVICE_FLOOR: f32 = 2e-2;
 
 /// Runs `operation`, which gives its outputs, on every backend.
 fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
@@ -54,7 +56,7 @@ fn check_on_device(what: &str, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) 
     ROUNDED.set(true);
     let expected = operation(&Reference::EXACT);
     let once = operation(&*simulated());
-    close(&format!("{what}, device"), DEVICE_TOLERANCE, &once, &expected);
+    close(&format!("{what}, device"), (DEVICE_TOLERANCE, DEVICE_FLOOR), &once, &expected);
     assert!(
         bits(&once) == bits(&operation(&*simulated())),
         "{what}: a device gives other bits the second time"
@@ -76,7 +78,7 @@ fn check_on_hosts(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -
         if cpu.rounds() {
             within_twice_naive(&what, tolerance, &one, &operation(&Reference::BF16), &expected);
         } else {
-            close(&what, tolerance, &one, &expected);
+            close(&what, (tolerance, 1e-3), &one, &expected);
         }
         bits_by_set.push((set, bits(&one)));
     }
@@ -95,11 +97,11 @@ fn bits(outputs: &[Buffer]) -> Vec<u32> {
     outputs.iter().flat_map(|output| output.iter().map(|value| value.to_bits())).collect()
 }
 
-fn close(what: &str, tolerance: f32, got: &[Buffer], expected: &[Buffer]) {
+fn close(what: &str, (tolerance, floor): (f32, f32), got: &[Buffer], expected: &[Buffer]) {
     for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
         let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
         for (place, (got, expected)) in got.iter().zip(&**expected).enumerate() {
-            let allowed = tolerance * (largest + 1e-3);
+            let allowed = tolerance * (largest + floor);
             let error = (got - expected).abs();
             assert!(error <= allowed, "{what}: output {index} at {place} is {got}, reference {expected}");
         }

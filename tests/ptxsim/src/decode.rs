@@ -219,6 +219,9 @@ impl<'a> Decoder<'a> {
     }
 
     fn operation(&mut self, opcode: &Opcode<'_>, operands: &[Operand<'a>]) -> Result<Op, Trouble> {
+        if !opcode.is_understood() {
+            return Ok(Op::Unknown);
+        }
         let found = match self.control(opcode, operands)? {
             Some(op) => Some(op),
             None => match self.memory(opcode, operands)? {

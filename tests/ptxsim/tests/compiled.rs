@@ -35,7 +35,7 @@ fn functions_of_the_library_are_within_their_bounds() {
             (v.exp(), 3.0),
             (f64::from(x.abs() + 0.5).ln(), 3.0),
             (v.sin(), 3.0),
-            (f64::from(x * 1000.0).cos(), 3.0),
+            (f64::from(x * 1e6).cos(), 3.0),
             (v.tanh(), 3.0),
             (error_function(v), 4.0),
             (positive.powf(f64::from(1.7f32)), 5.0),

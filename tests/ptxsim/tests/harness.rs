@@ -26,7 +26,7 @@ pub(crate) use compare::{Tolerance, assert_close};
 pub(crate) use memory::{
     Element, bf16_bits, bf16_value, download, download_bf16, round_bf16, round_bf16s, upload, upload_bf16,
 };
-pub(crate) use nvrtc::Options;
+pub(crate) use nvrtc::version as nvrtc_version;
 pub(crate) use random::Random;
 
 /// The folder of the kernels.
@@ -46,6 +46,12 @@ pub(crate) fn headers() -> Vec<(String, String)> {
     let names = entries.map(|entry| entry.expect("the folder can be read").file_name());
     let headers = names.filter_map(|name| name.into_string().ok()).filter(|name| name.ends_with(".cuh"));
     headers.map(|name| (name.clone(), source(&name))).collect()
+}
+
+/// The assembler's report on a file of `kernels/` for an architecture (`sm_80`): registers, stack, spills, shared memory.
+pub(crate) fn resources(file: &str, architecture: &str) -> String {
+    let report = nvrtc::report(file, &source(file), architecture);
+    report.unwrap_or_else(|log| panic!("NVRTC refuses `{file}` for {architecture}:\n{log}"))
 }
 
 /// The program of a file of `kernels/`, compiled once a test run.

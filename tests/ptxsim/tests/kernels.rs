@@ -4,7 +4,6 @@
 
 mod compiled;
 mod harness;
-
 mod planted;
 
 mod kernels {
@@ -27,6 +26,7 @@ mod kernels {
     mod scan;
     mod scan_case;
     mod scan_chunks;
+    mod resources;
     mod shared;
     mod spans;
 }

@@ -1,6 +1,6 @@
 //! Attention over spans: lists of tiles made here, tiles computed there.
 
-use super::super::{AttentionGradient, AttentionSaved, AttentionShape, Backend, Buffer, Precision, Span};
+use super::super::{AttentionGradient, AttentionSaved, AttentionShape, Buffer, Precision, Span};
 use super::Cuda;
 use std::cmp::Reverse;
 
@@ -157,14 +157,21 @@ fn visit(span: &Span, row: usize) -> Option<[usize; 4]> {
 impl Cuda {
     /// `len` values at `at` in heads of `dim`, as heads of `wide`.
     fn heads(&self, at: Arg, len: usize, (dim, wide): (usize, usize)) -> Heads {
+        let heads = self.room(at, len, (dim, wide));
+        if let Heads::Padded { rows, .. } = heads {
+            self.columns((heads.arg(), wide, 0), (at, dim, 0), (rows, dim));
+        }
+        heads
+    }
+
+    /// Where heads of `wide` are written, to go to `at` as `len` values in heads of `dim`.
+    fn room(&self, at: Arg, len: usize, (dim, wide): (usize, usize)) -> Heads {
         if dim == wide {
             return Heads::Own(at);
         }
         let rows = len / dim;
-        let mut values = Buffer::from(DeviceBuffer::new(&self.device, rows * wide, Rounded));
-        self.clear(&mut values);
-        let Some(values) = values.device().cloned() else { unreachable!("BUG: made on the device") };
-        self.columns((Arg::Pointer(values.at(Rounded)), wide, 0), (at, dim, 0), (rows, dim));
+        let values = DeviceBuffer::new(&self.device, rows * wide, Rounded);
+        self.device.clear(values.at(Rounded), rows * wide * Rounded.bytes());
         Heads::Padded { values, rows }
     }
 
@@ -190,7 +197,7 @@ impl Cuda {
         let given = [q, k, v].map(|values| self.input(values, Rounded));
         let (out, logsumexp) = (self.output(out, Rounded), self.output(logsumexp, Exact));
         let [q, k, v] = [0, 1, 2].map(|i| self.heads(given[i].arg(), lengths[i], dims));
-        let wide_out = self.heads(out.arg(), lengths[0], dims);
+        let wide_out = self.room(out.arg(), lengths[0], dims);
         let args = [
             wide_out.arg(),
             logsumexp.arg(),
@@ -246,7 +253,7 @@ impl Cuda {
         let tiles = query_tiles(shape.spans);
         let (spans, list) = (self.spans(shape.spans), self.list(tiles.iter().flatten().copied()));
         let dq = self.output(gradient.dq, Rounded);
-        let wide_dq = self.heads(dq.arg(), lengths[0], dims);
+        let wide_dq = self.room(dq.arg(), lengths[0], dims);
         let args = [&[wide_dq.arg()][..], &from, &[spans.arg(), list.arg()], &map].concat();
         let grid = [tiles.len() as u32, heads as u32, 1];
         self.start(kernels.queries, Launch { grid, block: 128, shared }, &args);
@@ -256,7 +263,7 @@ impl Cuda {
         let list = self.list(tiles.iter().flatten().copied());
         let visits = self.list(visits.iter().flatten().copied());
         let (dk, dv) = (self.output(gradient.dk, Rounded), self.output(gradient.dv, Rounded));
-        let [wide_dk, wide_dv] = [&dk, &dv].map(|values| self.heads(values.arg(), lengths[1], dims));
+        let [wide_dk, wide_dv] = [&dk, &dv].map(|values| self.room(values.arg(), lengths[1], dims));
         let partial =
             DeviceBuffer::new(&self.device, (slots * shape.kv_heads * 2 * KEYS * wide).max(1), Exact);
         let to = [wide_dk.arg(), wide_dv.arg(), Arg::Pointer(partial.at(Exact))];

@@ -9,8 +9,11 @@ use crate::syntax::{Kind, Type};
 pub(crate) fn comparison(opcode: &Opcode<'_>) -> Option<Test> {
     let of = *opcode.types.last()?;
     let how = *opcode.modifiers.first()?;
+    if of.pair || opcode.has("ftz") {
+        return None;
+    }
     match (of.kind, of.bits) {
-        (Kind::Float, 32) if !of.pair => floats::<f32>(how, f64::from),
+        (Kind::Float, 32) => floats::<f32>(how, f64::from),
         (Kind::Float, 64) => floats::<f64>(how, |x| x),
         (Kind::Float, 16) => half_floats(how, F16),
         (Kind::Brain, 16) => half_floats(how, BF16),

@@ -21,6 +21,10 @@ pub(super) fn function(opcode: &Opcode<'_>, of: Type) -> Option<Function> {
 }
 
 fn half(opcode: &Opcode<'_>, format: Format) -> Option<Half> {
+    let is_clamped = opcode.has("relu") || opcode.has("sat");
+    if opcode.has("ftz") || is_clamped && !matches!(opcode.name, "add" | "sub" | "mul" | "fma") {
+        return None;
+    }
     let value = move |bits: u16| format.value(bits.into());
     let single = move |bits: u16| format.value(bits.into()) as f32;
     let round = move |exact: f64| format.round(exact, Rounding::Nearest) as u16;

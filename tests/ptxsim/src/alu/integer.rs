@@ -6,6 +6,9 @@ use crate::program::Update;
 use crate::syntax::{Kind, Type};
 
 pub(super) fn function(opcode: &Opcode<'_>, of: Type) -> Option<Function> {
+    if opcode.has("sat") && !matches!(opcode.name, "add" | "sub") {
+        return None;
+    }
     if opcode.name == "mov" {
         let mask = low_bits(of.bits);
         return Some(one(move |a: u64| a & mask));

@@ -99,6 +99,9 @@ impl<'a> Decoder<'a> {
     /// `set.lt.u32.f32 d, a, b`
     fn compare_to(&mut self, opcode: &Opcode<'_>, operands: &[Operand<'a>]) -> Result<Option<Op>, Trouble> {
         let (Some(test), Some(of)) = (alu::comparison(opcode), opcode.of()) else { return Ok(None) };
+        if of.bits != 32 {
+            return Ok(None);
+        }
         let [to, a, b, joined @ ..] = operands else {
             return self.trouble("the number of operands is wrong");
         };

@@ -158,7 +158,7 @@ fn word_end(text: &str) -> usize {
         end += text[end..].find(|c| !is_word(c)).unwrap_or(text.len() - end);
         let joined = text[end..]
             .strip_prefix("::")
-            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_alphabetic()));
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_alphanumeric()));
         if !joined {
             return end;
         }

@@ -13,9 +13,12 @@ the kernels are compiled by NVRTC, a library that needs neither a GPU nor a tool
     unzip nvidia_cuda_nvrtc-*.whl -d target/nvrtc
 (any folder will do: TUNESMITH_NVRTC names the one that holds libnvrtc.so.*)";
 
+/// What the interpreter runs: PTX that every card since sm_80 takes, with the lines of the sources.
+const PORTABLE: [&str; 3] = ["--gpu-architecture=compute_80", "-lineinfo", "--std=c++17"];
+
 /// What a program is compiled for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Options<'a> {
+enum Options<'a> {
     /// PTX that every later card takes, with source lines.
     Portable,
     /// Machine code of one architecture; the log names registers and spills.
@@ -26,6 +29,8 @@ type Program = *mut c_void;
 type Status = c_int;
 
 struct Nvrtc {
+    /// The size of the library: builds of one version differ in it.
+    bytes: u64,
     create: Symbol<
         unsafe extern "C" fn(
             *mut Program,
@@ -42,17 +47,54 @@ struct Nvrtc {
     ptx: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
     log_size: Symbol<unsafe extern "C" fn(Program, *mut usize) -> Status>,
     log: Symbol<unsafe extern "C" fn(Program, *mut c_char) -> Status>,
+    version: Symbol<unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status>,
     error: Symbol<unsafe extern "C" fn(Status) -> *const c_char>,
 }
 
-/// The PTX of `source`, or NVRTC's log.
+/// The PTX of `source`, or NVRTC's log. What was compiled before is kept in Cargo's folder for tests: the kernels take
+/// longer to compile than to run.
 pub(crate) fn ptx(name: &str, source: &str) -> Result<String, String> {
-    run(name, source, Options::Portable).map(|(ptx, _)| ptx)
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx");
+    let kept = folder.join(format!("{}.ptx", key(name, source)));
+    if let Ok(ptx) = std::fs::read_to_string(&kept) {
+        return Ok(ptx);
+    }
+    let (ptx, _) = run(name, source, Options::Portable)?;
+    // Another test may compile the same: each writes its own file, and renames it when it is whole.
+    let unfinished = kept.with_extension(format!("{:?}.{}", std::thread::current().id(), std::process::id()));
+    let is_written = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&unfinished, &ptx));
+    if is_written.is_ok() {
+        std::fs::rename(&unfinished, &kept).map_err(|error| format!("`{}`: {error}", kept.display()))?;
+    }
+    Ok(ptx)
+}
+
+/// Two digests (FNV-1a from two beginnings) of all that the PTX depends on.
+fn key(name: &str, source: &str) -> String {
+    let compiler = format!("{} of {} bytes", version(), nvrtc().bytes);
+    let mut parts = vec![compiler, PORTABLE.join(" "), name.to_owned(), source.to_owned()];
+    let mut headers = super::headers();
+    headers.sort();
+    parts.extend(headers.into_iter().flat_map(|(name, text)| [name, text]));
+    let digest = |beginning: u64| {
+        let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
+        bytes.fold(beginning, |digest, byte| (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    };
+    format!("{:016x}{:016x}", digest(0xcbf2_9ce4_8422_2325), digest(0x9e37_79b9_7f4a_7c15))
 }
 
 /// NVRTC's log of compiling `source` to machine code for `arch` (`sm_80`): registers, spills, shared memory.
-pub(crate) fn resources(name: &str, source: &str, arch: &str) -> Result<String, String> {
+pub(crate) fn report(name: &str, source: &str, arch: &str) -> Result<String, String> {
     run(name, source, Options::Cubin(arch)).map(|(_, log)| log)
+}
+
+/// As in `13.0`.
+pub(crate) fn version() -> String {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: NVRTC writes two numbers.
+    let status = unsafe { (nvrtc().version)(&raw mut major, &raw mut minor) };
+    assert_eq!(status, 0, "NVRTC does not know its version");
+    format!("{major}.{minor}")
 }
 
 fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String), String> {
@@ -64,15 +106,12 @@ fn run(name: &str, source: &str, options: Options<'_>) -> Result<(String, String
     let header_names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
     let header_texts: Vec<*const c_char> = headers.iter().map(|(_, text)| text.as_ptr()).collect();
     let texts: Vec<CString> = match options {
-        Options::Portable => vec!["--gpu-architecture=compute_80".to_owned(), "-lineinfo".to_owned()],
+        Options::Portable => PORTABLE.map(c_string).to_vec(),
         Options::Cubin(arch) => {
-            vec![format!("--gpu-architecture={arch}"), "--ptxas-options=-v".to_owned()]
+            let arch = format!("--gpu-architecture={arch}");
+            [arch.as_str(), "--ptxas-options=-v", "--std=c++17"].map(c_string).to_vec()
         }
-    }
-    .iter()
-    .chain(&["--std=c++17".to_owned()])
-    .map(|text| c_string(text))
-    .collect();
+    };
     let pointers: Vec<*const c_char> = texts.iter().map(|text| text.as_ptr()).collect();
     let mut program: Program = null_mut();
     // SAFETY: all strings live to the end of this function; NVRTC copies them.
@@ -169,10 +208,12 @@ fn load(folder: &Path, library: &Path) -> Result<Nvrtc, libloading::Error> {
             std::mem::forget(open(&entry.path())?);
         }
     }
+    let bytes = std::fs::metadata(library).map_or(0, |metadata| metadata.len());
     let library = open(library)?;
     // SAFETY: the signatures are those of nvrtc.h.
     let nvrtc = unsafe {
         Nvrtc {
+            bytes,
             create: library.get(b"nvrtcCreateProgram\0")?,
             compile: library.get(b"nvrtcCompileProgram\0")?,
             destroy: library.get(b"nvrtcDestroyProgram\0")?,
@@ -180,6 +221,7 @@ fn load(folder: &Path, library: &Path) -> Result<Nvrtc, libloading::Error> {
             ptx: library.get(b"nvrtcGetPTX\0")?,
             log_size: library.get(b"nvrtcGetProgramLogSize\0")?,
             log: library.get(b"nvrtcGetProgramLog\0")?,
+            version: library.get(b"nvrtcVersion\0")?,
             error: library.get(b"nvrtcGetErrorString\0")?,
         }
     };

@@ -192,6 +192,12 @@ fn an_exchange_is_met_by_its_members() {
 fn what_is_not_known_is_named_when_it_runs() {
     let fault = faults("fancy.new.u32 %r0, %r1;", 1, FaultKind::UnknownInstruction, "fancy.new");
     assert!(fault.to_string().contains("`fancy.new.u32`"), "{fault}");
+    // A modifier that is not known could change what a known instruction does.
+    for instruction in
+        ["add.cc.u32 %r0, %r1, %r2", "mad.hi.sat.s32 %r0, %r1, %r2, %r3", "min.xorsign.abs.f32 %r0, %r1, %r2"]
+    {
+        faults(&format!("{instruction};"), 1, FaultKind::UnknownInstruction, instruction);
+    }
     // A word that does not run does no harm.
     assert!(words(&kernel("bra $end; fancy.new.u32 %r0, %r1; $end:"), 256, 1, 1).is_ok());
     faults("trap;", 1, FaultKind::Trap, "trap");

@@ -15,7 +15,7 @@ fn vectors_are_loaded_and_stored_whole() {
          mov.u32 %r0, 10; mov.u32 %r1, 11; mov.u32 %r2, 12; mov.u32 %r3, 13;
          st.global.v4.u32 [%x], {%r0, %r1, %r2, %r3};
          ld.global.v2.u32 {%r4, %r5}, [%x+8];
-         ld.global.nc.v4.u32 {_, %r6, _, _}, [%x];
+         ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {_, %r6, _, _}, [%x];
          add.u32 %r4, %r4, %r5; add.u32 %r4, %r4, %r6;
          st.global.cs.u32 [%x+16], %r4;",
         8,
