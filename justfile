@@ -6,6 +6,7 @@ run *ARGS:
 
 # The whole test suite, as the README has it.
 test:
+    sh tests/ptxsim/fetch-nvrtc.sh
     cargo test --release
 
 # Format and lint as CI does.

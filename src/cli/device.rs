@@ -52,7 +52,7 @@ pub(super) type Taken = Result<Gpu, CudaError>;
 /// What `auto` takes.
 pub(super) fn automatic() -> Taken {
     let gpus = Gpu::all()?;
-    let checked: Vec<Taken> = gpus.into_iter().map(|gpu| gpu.check().map(|()| gpu)).collect();
+    let checked: Vec<Taken> = gpus.into_iter().map(|gpu| gpu.usable().map(|()| gpu)).collect();
     let first = checked.iter().position(Result::is_ok).unwrap_or(0);
     checked.into_iter().nth(first).unwrap_or(Err(CudaError::NoGpu))
 }
@@ -75,7 +75,7 @@ impl DeviceArgs {
             Wanted::Cpu => return Ok(Compute::cpu(threads)),
             Wanted::Cuda(ordinal) => {
                 let gpu = Gpu::of(ordinal)?;
-                gpu.check()?;
+                gpu.usable()?;
                 return Ok(Compute::cuda(ordinal));
             }
             Wanted::Auto => automatic(),

@@ -164,8 +164,8 @@ fn cpu() -> Result<Cpu, backend::BackendError> {
 }
 
 fn device(gpu: &Gpu) -> Device {
-    let free = gpu.free_bytes();
-    let problem = gpu.check().err().or(free.as_ref().err().cloned());
+    let (checked, free) = (gpu.check(), gpu.free_bytes());
+    let problem = checked.err().or(free.as_ref().err().cloned());
     Device {
         device: format!("cuda:{}", gpu.ordinal),
         name: gpu.name.clone(),

@@ -114,6 +114,15 @@ impl Gpu {
         if cuda < CUDA_MIN { Err(CudaError::OldDriver { cuda }) } else { Ok(()) }
     }
 
+    /// As [`Gpu::check`], and whether it wakes: it may be broken, or another process may have it for itself.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn usable(&self) -> Result<(), CudaError> {
+        self.check()?;
+        self.free_bytes().map(|_| ())
+    }
+
     /// What its machine code is compiled for: `sm_90`.
     pub fn architecture(&self) -> String {
         format!("sm_{}{}", self.capability.0, self.capability.1)
