@@ -51,6 +51,17 @@ pub struct Stage {
     pub with: Value,
     /// Where each parameter was written, by dotted path; "" is the stage itself.
     pub places: BTreeMap<String, Place>,
+    /// The references each parameter was filled in from, by dotted path.
+    pub origins: BTreeMap<String, Origin>,
+}
+
+/// What the value of a parameter was filled in from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// It is the value of one reference: `params.lr`.
+    Whole(String),
+    /// It is a text with references in it.
+    Inside(Vec<String>),
 }
 
 /// A manifest after includes, profile, overrides and interpolation, checked and in topological order.
@@ -88,6 +99,22 @@ impl Stage {
             path = path.rsplit_once('.').map_or("", |(outer, _)| outer);
             if path.is_empty() {
                 return self.places.get("");
+            }
+        }
+    }
+}
+
+impl Stage {
+    /// Where the value of the parameter at a dotted path was filled in from: `params.lr`.
+    pub fn origin(&self, path: &str) -> Option<String> {
+        let mut outer = path;
+        loop {
+            match self.origins.get(outer) {
+                Some(Origin::Whole(reference)) => {
+                    return Some(format!("{reference}{}", &path[outer.len()..]));
+                }
+                Some(Origin::Inside(references)) => return Some(references.join(", ")),
+                None => outer = outer.rsplit_once('.')?.0,
             }
         }
     }

@@ -18,6 +18,7 @@ mod include;
 mod interpolate;
 mod needs;
 mod node;
+mod origins;
 mod params;
 mod problem;
 mod source;
@@ -223,6 +224,7 @@ impl<'a> Checked<'a> {
                     .collect(),
                 with: self.withs[index].to_json(),
                 places: places(draft, edges, &self.withs[index], sources),
+                origins: draft.with.as_ref().map(|(_, with)| origins::origins(with)).unwrap_or_default(),
             }
         };
         order.iter().map(stage).collect()

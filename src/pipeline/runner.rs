@@ -123,6 +123,17 @@ pub struct Explanation {
     pub reasons: Vec<Reason>,
     /// What would happen.
     pub state: PlannedState,
+    /// The stages before it, direct or not, that have to run themselves: why a blocked stage waits.
+    pub causes: Vec<Cause>,
+}
+
+/// A stage that runs, and why.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Cause {
+    /// Its name.
+    pub stage: String,
+    /// Why it runs.
+    pub reasons: Vec<Reason>,
 }
 
 /// Says what would run and why. Hashes sources, runs nothing.
@@ -142,7 +153,13 @@ pub fn explain(pipeline: &Pipeline, store: &Store, stage: &str) -> Result<Explan
     let assessment = Assessment::make(pipeline, store, &selected, &forced, Taking::Digests)?;
     let PlannedStage { name, key, state, reasons, .. } = planned(pipeline, &assessment, id);
     let previous_key = assessment.latest.get(stage).map(|latest| latest.key);
-    Ok(Explanation { stage: name, key, previous_key, reasons, state })
+    let causes = selected.iter().filter(|other| **other != id).map(|other| &assessment.nodes[other].finding);
+    let names = selected.iter().filter(|other| **other != id).map(|other| &pipeline.stage(*other).name);
+    let causes = names.zip(causes).filter_map(|(name, finding)| match finding {
+        Finding::Run { reasons, .. } => Some(Cause { stage: name.clone(), reasons: reasons.clone() }),
+        Finding::Cached(_) | Finding::Blocked { .. } => None,
+    });
+    Ok(Explanation { stage: name, key, previous_key, reasons, state, causes: causes.collect() })
 }
 
 /// Runs what does not stand in the store yet.

@@ -199,6 +199,7 @@ fn pipeline(dir: &Path, lines: &[Line<'_>]) -> Pipeline {
             .collect(),
         with: with.clone(),
         places: BTreeMap::from([(String::new(), place.clone())]),
+        origins: BTreeMap::new(),
     });
     Pipeline {
         name: "test".to_owned(),
@@ -270,7 +271,7 @@ fn parameter_rekeys_only_its_stage_and_what_follows() {
         ]
     };
     assert_eq!(desk.ran(&lines("b")), ["a", "b", "c", "d"]);
-    assert_eq!(desk.plan(&lines("B"))[1], r#"b Run: params: with.add "b" → "B""#);
+    assert_eq!(desk.plan(&lines("B"))[1], r#"b Run: with.add "b" → "B""#);
     assert_eq!(desk.ran(&lines("B")), ["b", "c"]);
     assert_eq!(desk.text("c"), "aBc");
     assert_eq!(desk.ran(&lines("b")), none(), "going back is served from the store");
