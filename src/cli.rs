@@ -15,6 +15,7 @@ mod progress;
 mod run;
 mod runs;
 mod schema;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Command {
     Plan(plan::Options),
     /// Run what is not in the store yet
     Run(run::Options),
+    /// Run the trials of a sweep and compare them
+    Sweep(sweep::Options),
     /// Say why a stage would run again
     Explain(explain::Options),
     /// Draw the graph of stages
@@ -114,14 +117,15 @@ impl ManifestArgs {
     }
 }
 
+impl ParamArgs {
+    fn overrides(&self) -> Overrides {
+        Overrides { profile: self.profile.clone(), set: self.set.clone(), params_files: self.params.clone() }
+    }
+}
+
 /// Loads a manifest; what is wrong with it is shown here.
 fn load(manifest: &Path, params: &ParamArgs, json: bool) -> Result<Pipeline, Failure> {
-    let overrides = Overrides {
-        profile: params.profile.clone(),
-        set: params.set.clone(),
-        params_files: params.params.clone(),
-    };
-    match manifest::load(manifest, &overrides, STAGES) {
+    match manifest::load(manifest, &params.overrides(), STAGES) {
         Ok(loaded) => {
             problems::show_warnings(&loaded.warnings);
             Ok(loaded.pipeline)
@@ -145,6 +149,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Check(options) => check::main(&options),
         Command::Plan(options) => store().and_then(|store| plan::main(&options, &store)),
         Command::Run(options) => store().and_then(|store| run::main(&options, &store)),
+        Command::Sweep(options) => store().and_then(|store| sweep::main(&options, &store)),
         Command::Explain(options) => store().and_then(|store| explain::main(&options, &store)),
         Command::Graph(options) => graph::main(&options),
         Command::Schema(options) => {

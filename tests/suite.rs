@@ -11,5 +11,6 @@ mod manifests;
 mod model;
 mod real_model;
 mod runner;
+mod sweep;
 mod tidy;
 mod tiny_model;

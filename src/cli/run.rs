@@ -25,12 +25,8 @@ pub(super) struct Options {
     /// Run this stage even if its result is known; may be repeated
     #[arg(long, value_name = "STAGE")]
     force: Vec<String>,
-    /// Stages that may run side by side [default: one per core]
-    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    jobs: Option<u16>,
-    /// Threads of a stage that uses the whole machine; changes no result [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    machine: MachineArgs,
     /// After a failure, go on with what does not need it
     #[arg(long)]
     keep_going: bool,
@@ -45,18 +41,38 @@ pub(super) struct Options {
     json: bool,
 }
 
+/// How much of the machine a run may take. Changes no result.
+#[derive(Args)]
+pub(super) struct MachineArgs {
+    /// Stages that may run side by side [default: one per core]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
+    /// Threads of a stage that uses the whole machine [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl MachineArgs {
+    /// `options` with what was asked for.
+    pub(super) fn apply(&self, options: RunOptions) -> RunOptions {
+        RunOptions {
+            jobs: self.jobs.map_or(options.jobs, usize::from),
+            threads: self.threads.map_or(options.threads, usize::from),
+            ..options
+        }
+    }
+}
+
 /// Runs the pipeline.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
-    let defaults = RunOptions::default();
-    let run = RunOptions {
+    let run = options.machine.apply(RunOptions {
         targets: options.stages.clone(),
         force: options.force.clone(),
-        jobs: options.jobs.map_or(defaults.jobs, usize::from),
-        threads: options.threads.map_or(defaults.threads, usize::from),
         keep_going: options.keep_going,
         out: options.out.clone(),
-    };
+        ..RunOptions::default()
+    });
     let cancel = stop_signals();
     let progress = Progress::new(options.quiet);
     let report = runner::run(&pipeline, store, &run, &progress, &cancel)
@@ -72,7 +88,7 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
 }
 
 /// The first Ctrl-C or SIGTERM asks the run to stop; the second ends the program.
-fn stop_signals() -> Arc<AtomicBool> {
+pub(super) fn stop_signals() -> Arc<AtomicBool> {
     let cancel = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The order matters: on the first signal the flag is still down when the shutdown looks at it.

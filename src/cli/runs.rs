@@ -1,7 +1,8 @@
 //! `runs`: the history of a store.
 
 use clap::Subcommand;
-use tunesmith_pipeline::runs::Runs;
+use serde_json::Value;
+use tunesmith_pipeline::runs::{RunDetails, RunDiff, Runs, StageChange};
 use tunesmith_pipeline::store::Store;
 
 use super::exit_code::Failure;
@@ -15,6 +16,16 @@ pub(super) enum Command {
         /// Only runs of this pipeline
         pipeline: Option<String>,
         /// Print the list as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what is different between two runs: what went in, and what came out
+    Diff {
+        /// Id of the first run, or its beginning
+        a: String,
+        /// Id of the second run, or its beginning
+        b: String,
+        /// Print the difference as JSON
         #[arg(long)]
         json: bool,
     },
@@ -52,18 +63,60 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
             }
         }
         Command::Show { run, json } => {
-            let Some(details) = runs.show(run).map_err(failed)? else {
-                print::note(&format!(
-                    "error: no run `{run}` in this store\nhint:  `tunesmith runs list` shows the ids"
-                ));
-                return Err(Failure::Usage);
-            };
+            let details = details(&runs, run)?;
             if *json {
                 print::json(&details);
             } else {
                 print::data(&serde_json::to_string_pretty(&details).expect("a run is JSON"));
             }
         }
+        Command::Diff { a, b, json } => {
+            let diff = runs.diff(&details(&runs, a)?, &details(&runs, b)?).map_err(failed)?;
+            if *json {
+                print::json(&diff);
+            } else {
+                show(&diff);
+            }
+        }
     }
     Ok(())
+}
+
+/// A run by its id; an unknown one is told here.
+fn details(runs: &Runs<'_>, run: &str) -> Result<RunDetails, Failure> {
+    let found = runs.show(run).map_err(|error| {
+        problems::show_error(&error, None);
+        Failure::Run
+    })?;
+    found.ok_or_else(|| {
+        print::note(&format!(
+            "error: no run `{run}` in this store\nhint:  `tunesmith runs list` shows the ids"
+        ));
+        Failure::Usage
+    })
+}
+
+/// One line a difference, below the stage it belongs to.
+fn show(diff: &RunDiff) {
+    if diff.stages.is_empty() {
+        print::note("the two runs are the same");
+    }
+    let text = |value: &Option<Value>| value.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+    for stage in &diff.stages {
+        let only = match stage.change {
+            StageChange::Changed => "",
+            StageChange::Added => " (only in the second run)",
+            StageChange::Removed => " (only in the first run)",
+        };
+        print::data(&format!("{}{only}", stage.name));
+        for reason in &stage.reasons {
+            print::data(&format!("  in      {reason}"));
+        }
+        for metric in &stage.metrics {
+            print::data(&format!("  metric  {} {} → {}", metric.name, text(&metric.old), text(&metric.new)));
+        }
+        for file in &stage.files {
+            print::data(&format!("  file    {file}"));
+        }
+    }
 }

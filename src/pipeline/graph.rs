@@ -41,8 +41,10 @@ pub struct Place {
 pub struct Stage {
     /// Its index.
     pub id: StageId,
-    /// Its name in the manifest.
+    /// Its name in the manifest; of a stage with a matrix `<name>-<axis>=<value>,…`.
     pub name: String,
+    /// For a node of a stage with a matrix, or of a sweep: the stage's name in the manifest.
+    pub group: Option<String>,
     /// What it does.
     pub kind: &'static dyn StageKind,
     /// Its inputs.

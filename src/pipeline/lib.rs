@@ -24,3 +24,4 @@ pub mod scheduler;
 pub mod stage;
 pub mod stat_index;
 pub mod store;
+pub mod sweep;

@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::digest::Digest;
 use crate::events::{Reporter, RunEvent};
-use crate::graph::{Pipeline, StageId};
+use crate::graph::{Pipeline, Stage, StageId};
 use crate::key::Reason;
 use crate::runs::Recorder;
 use crate::scheduler::{Limits, schedule};
@@ -234,7 +234,16 @@ fn selection(
     options: &RunOptions,
 ) -> Result<(BTreeSet<StageId>, BTreeSet<StageId>), RunnerError> {
     let ids = |names: &[String]| -> Result<Vec<StageId>, RunnerError> {
-        names.iter().map(|name| stage_id(pipeline, name)).collect()
+        let mut ids = Vec::new();
+        for name in names {
+            let of_group = |stage: &&Stage| stage.group.as_ref() == Some(name);
+            let group: Vec<StageId> = pipeline.stages.iter().filter(of_group).map(|stage| stage.id).collect();
+            if group.is_empty() {
+                ids.push(stage_id(pipeline, name)?);
+            }
+            ids.extend(group);
+        }
+        Ok(ids)
     };
     let forced: BTreeSet<StageId> = ids(&options.force)?.into_iter().collect();
     let mut open = ids(&options.targets)?;

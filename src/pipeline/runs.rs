@@ -17,6 +17,10 @@ use crate::graph::Pipeline;
 use crate::runner::RunReport;
 use crate::store::{Store, StoreError, folder_name};
 
+mod diff;
+
+pub use diff::{MetricChange, RunDiff, StageChange, StageDiff};
+
 /// One run, as the list shows it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunSummary {

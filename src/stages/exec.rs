@@ -42,7 +42,32 @@ struct Params {
     outputs: Vec<String>,
     /// Extra environment variables.
     #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Variable>,
+    /// One of the outputs: a JSON object whose numbers, texts and booleans become the stage's metrics. Objects inside
+    /// it give dotted names.
+    metrics: Option<String>,
+}
+
+/// Value of an environment variable.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum Variable {
+    /// A text.
+    Text(String),
+    /// A number, as it is written in JSON.
+    Number(serde_json::Number),
+    /// `true` or `false`.
+    Bool(bool),
+}
+
+impl Variable {
+    fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Number(number) => number.to_string(),
+            Self::Bool(value) => value.to_string(),
+        }
+    }
 }
 
 impl StageKind for Exec {
@@ -95,6 +120,15 @@ impl StageKind for Exec {
                 }
             }
         }
+        let is_output =
+            |path: &String| params.outputs.iter().any(|output| Path::new(path).starts_with(output));
+        if let Some(path) = params.metrics.as_ref().filter(|path| !is_output(path)) {
+            problems.push(ParamProblem {
+                path: "metrics".to_owned(),
+                message: format!("`{path}` is none of the outputs"),
+                hint: Some("add it to `outputs`".to_owned()),
+            });
+        }
         for (index, input) in params.inputs.iter().enumerate() {
             if !stays_inside(Path::new(input)) {
                 problems.push(ParamProblem {
@@ -138,8 +172,30 @@ impl StageKind for Exec {
             return Err(StageError::new("exec::failed", format!("the command ended with {ended}"))
                 .hint("its output stands above and in the stage's log"));
         }
-        collect(&params.outputs, folder.path(), context.out)
+        collect(&params.outputs, folder.path(), context.out)?;
+        params.metrics.map_or(Ok(()), |path| report_metrics(context, &path))
     }
+}
+
+/// Reports what stands in the output `path` as metrics.
+fn report_metrics(context: &StageContext<'_>, path: &str) -> Result<(), StageError> {
+    let bytes = fs_err::read(context.out.join(path))?;
+    let refused = || {
+        StageError::new("exec::metrics", format!("`{path}` is not a JSON object"))
+            .hint("write `{\"name\": 0.5}`; what `metrics` names has to be such a file")
+    };
+    let Ok(Value::Object(metrics)) = serde_json::from_slice(&bytes) else { return Err(refused()) };
+    let mut open: Vec<(String, Value)> = metrics.into_iter().collect();
+    while let Some((name, value)) = open.pop() {
+        match value {
+            Value::Object(inner) => {
+                open.extend(inner.into_iter().map(|(key, value)| (format!("{name}.{key}"), value)));
+            }
+            Value::Null | Value::Array(_) => {}
+            single => context.metric(&name, single),
+        }
+    }
+    Ok(())
 }
 
 fn stays_inside(path: &Path) -> bool {
@@ -179,7 +235,7 @@ fn start(params: &Params, folder: &Path) -> Result<Child, StageError> {
         .current_dir(folder)
         .env_clear()
         .envs(allowed)
-        .envs(&params.env)
+        .envs(params.env.iter().map(|(name, value)| (name, value.text())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -189,6 +189,7 @@ fn pipeline(dir: &Path, lines: &[Line<'_>]) -> Pipeline {
     let stages = (0..).zip(lines).map(|(id, (name, kind, needs, with))| Stage {
         id: StageId(id),
         name: (*name).to_owned(),
+        group: None,
         kind: *kind,
         needs: needs
             .iter()
