@@ -10,6 +10,7 @@ mod job;
 mod manifests;
 mod model;
 mod real_model;
+mod robust;
 mod runner;
 mod sweep;
 mod tidy;

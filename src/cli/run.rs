@@ -1,13 +1,15 @@
 //! `run`: runs what is not in the store yet, shows it as it happens, and sums up.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use tunesmith_pipeline::manifest::memory_bytes;
 use tunesmith_pipeline::runner::{self, RunOptions, RunReport, StageState};
+use tunesmith_pipeline::scheduler::Machine;
 use tunesmith_pipeline::store::Store;
 
 use super::exit_code::Failure;
@@ -50,6 +52,40 @@ pub(super) struct MachineArgs {
     /// Threads of a stage that uses the whole machine [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Cores that stages with `resources` share [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: Option<u32>,
+    /// Memory that stages with `resources` share, such as `16GiB` [default: all]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    memory: Option<u64>,
+    /// GPUs to lend to stages, by id: `0,1` [default: $CUDA_VISIBLE_DEVICES, else all of NVIDIA's]
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    gpus: Option<Vec<String>>,
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    memory_bytes(text).ok_or_else(|| "write a size such as `16GiB`".to_owned())
+}
+
+/// Ids of the GPUs there are.
+fn all_gpus() -> Vec<String> {
+    if let Some(visible) = std::env::var_os("CUDA_VISIBLE_DEVICES") {
+        let visible = visible.to_string_lossy();
+        return visible.split(',').map(str::trim).filter(|id| !id.is_empty()).map(str::to_owned).collect();
+    }
+    (0_u32..64)
+        .take_while(|id| Path::new(&format!("/dev/nvidia{id}")).exists())
+        .map(|id| id.to_string())
+        .collect()
+}
+
+/// Bytes of memory of this machine; as much as anybody may want where that is not known.
+fn all_memory() -> u64 {
+    let kib = fs_err::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
 }
 
 impl MachineArgs {
@@ -58,6 +94,11 @@ impl MachineArgs {
         RunOptions {
             jobs: self.jobs.map_or(options.jobs, usize::from),
             threads: self.threads.map_or(options.threads, usize::from),
+            machine: Machine {
+                cpu: self.cpus.unwrap_or(options.machine.cpu),
+                memory_bytes: self.memory.unwrap_or_else(all_memory),
+                gpus: self.gpus.clone().unwrap_or_else(all_gpus),
+            },
             ..options
         }
     }

@@ -6,6 +6,7 @@ mod render;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use petgraph::algo::kosaraju_scc;
 use petgraph::graph::DiGraph;
@@ -51,10 +52,27 @@ pub struct Stage {
     pub needs: Vec<Need>,
     /// Its parameters, an object; defaults are not filled in.
     pub with: Value,
+    /// How it is run; no part of its key.
+    pub execution: Execution,
     /// Where each parameter was written, by dotted path; "" is the stage itself.
     pub places: BTreeMap<String, Place>,
     /// The references each parameter was filled in from, by dotted path.
     pub origins: BTreeMap<String, Origin>,
+}
+
+/// How a stage is run. Changes no result.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Execution {
+    /// Cores it takes; `None`: what its kind takes.
+    pub cpu: Option<u32>,
+    /// Memory it takes.
+    pub memory_bytes: Option<u64>,
+    /// GPUs it takes.
+    pub gpu: usize,
+    /// How long it may run.
+    pub timeout: Option<Duration>,
+    /// How often it is tried again after an error that may pass.
+    pub retries: u32,
 }
 
 /// What the value of a parameter was filled in from.

@@ -14,6 +14,7 @@
 mod check;
 mod document;
 mod editor_schema;
+mod execution;
 mod include;
 mod interpolate;
 mod matrix;
@@ -33,12 +34,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 pub use crate::manifest::editor_schema::json_schema;
+pub use crate::manifest::execution::memory_bytes;
 pub(crate) use crate::manifest::matrix::label;
 pub(crate) use crate::manifest::problem::suggestion;
 pub use crate::manifest::problem::{ManifestErrors, ManifestProblem};
 pub use crate::manifest::sweep::{Direction, LoadedSweep, Trial, load_sweep};
 
-use crate::graph::{self, Need, Pipeline, Place, Stage, StageId};
+use crate::graph::{self, Execution, Need, Pipeline, Place, Stage, StageId};
 use crate::manifest::document::{Document, Entries, StageDraft};
 use crate::manifest::interpolate::Resolver;
 use crate::manifest::matrix::{Combination, Expansion, NodeNeed};
@@ -138,6 +140,8 @@ fn build(
         .zip(&combinations)
         .map(|(draft, all)| all.iter().map(|one| resolved_with(draft, one, &mut resolver)).collect())
         .collect();
+    let executions: Vec<Node> =
+        drafts.iter().map(|draft| resolver.resolve(&execution::words(draft))).collect();
     let used = resolver.used().clone();
     let all_params = resolver.all_params();
     for (index, (key, _)) in params.iter().enumerate() {
@@ -148,7 +152,8 @@ fn build(
     }
     let checked = Checked::new(document, combinations, resolved, kinds, sources, problems);
     let order = checked.order(problems)?;
-    let stages = checked.into_stages(&order, sources, problems);
+    let executions = read_executions(drafts, &executions, problems);
+    let stages = checked.into_stages(&order, &executions, sources, problems);
     if problems.has_errors() {
         return None;
     }
@@ -162,6 +167,17 @@ fn build(
         params: all_params,
         stages,
     })
+}
+
+/// How each stage is run.
+fn read_executions(drafts: &[StageDraft], words: &[Node], problems: &mut Problems) -> Vec<Execution> {
+    let read = |(draft, words): (&StageDraft, &Node)| {
+        execution::read(draft, words).unwrap_or_else(|found| {
+            found.into_iter().for_each(|problem| problems.push(problem.stage(&draft.name.text)));
+            Execution::default()
+        })
+    };
+    drafts.iter().zip(words).map(read).collect()
 }
 
 /// The file's stem, with everything that no name may hold replaced.
@@ -248,7 +264,13 @@ impl<'a> Checked<'a> {
     }
 
     /// The nodes of the stages in `order`. A stage whose kind is unknown, which has been told, is left out.
-    fn into_stages(self, order: &[usize], sources: &Sources, problems: &mut Problems) -> Vec<Stage> {
+    fn into_stages(
+        self,
+        order: &[usize],
+        executions: &[Execution],
+        sources: &Sources,
+        problems: &mut Problems,
+    ) -> Vec<Stage> {
         let nodes =
             order.iter().flat_map(|&draft| (0..self.combinations[draft].len()).map(move |n| (draft, n)));
         let ids: HashMap<(usize, usize), StageId> = nodes.zip((0..).map(StageId)).collect();
@@ -270,6 +292,7 @@ impl<'a> Checked<'a> {
                     kind,
                     needs: needs.into_iter().map(need).collect(),
                     with: with.to_json(),
+                    execution: executions[draft].clone(),
                     places: places(written, edges, with, sources),
                     origins: written
                         .with

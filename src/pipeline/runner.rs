@@ -21,11 +21,12 @@ use crate::events::{Reporter, RunEvent};
 use crate::graph::{Pipeline, Stage, StageId};
 use crate::key::Reason;
 use crate::runs::Recorder;
-use crate::scheduler::{Limits, schedule};
+use crate::scheduler::{Limits, Machine, schedule};
 use crate::store::Store;
 
 mod action;
 mod assess;
+mod demand;
 mod driver;
 mod error;
 mod report;
@@ -59,10 +60,12 @@ pub struct RunOptions {
     pub keep_going: bool,
     /// Where results are put, `<out>/<stage>/`; else `out/<pipeline>/<stage>/` in the store.
     pub out: Option<PathBuf>,
+    /// What the running stages may take together.
+    pub machine: Machine,
 }
 
 impl Default for RunOptions {
-    /// All stages, as many jobs and threads as the machine has cores.
+    /// All stages, as many jobs and threads as the machine has cores, any memory, no GPU.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
@@ -72,6 +75,11 @@ impl Default for RunOptions {
             threads: cores,
             keep_going: false,
             out: None,
+            machine: Machine {
+                cpu: u32::try_from(cores).unwrap_or(u32::MAX),
+                memory_bytes: u64::MAX,
+                gpus: Vec::new(),
+            },
         }
     }
 }
@@ -174,6 +182,7 @@ pub fn run(
     cancelled: &AtomicBool,
 ) -> Result<RunReport, RunnerError> {
     let (selected, forced) = selection(pipeline, options)?;
+    demand::check(pipeline, &selected, &options.machine)?;
     let assessment = snapshot(pipeline, store, &selected, &forced)?;
     let recorder = Recorder::begin(pipeline, store, reporter)?;
     recorder.report(&RunEvent::RunStarted { run: recorder.id.clone(), stages: selected.len() });
@@ -185,9 +194,10 @@ pub fn run(
             (*stage, pipeline.stages[stage.0 as usize].needs.iter().map(|need| need.stage).collect())
         })
         .collect();
-    let limits = Limits { jobs: options.jobs, keep_going: options.keep_going };
+    let limits =
+        Limits { jobs: options.jobs, keep_going: options.keep_going, machine: options.machine.clone() };
     let mut driver = Driver::new(&shared, assessment, forced);
-    schedule(&tasks, limits, cancelled, &mut driver, &|job| action::run(&shared, &job));
+    schedule(&tasks, limits, cancelled, &mut driver, &|job, gpus| action::run(&shared, &job, gpus));
     let mut report = driver.report(&selected);
 
     let ended = shared.close().and_then(|()| recorder.end(&report, report.seconds));

@@ -11,7 +11,8 @@ use crate::manifest::source::Span;
 pub(crate) const WORDS: [&str; 7] =
     ["name", "description", "params", "profiles", "include", "stages", "sweep"];
 /// The words of a stage.
-pub(crate) const STAGE_WORDS: [&str; 5] = ["uses", "needs", "with", "matrix", "description"];
+pub(crate) const STAGE_WORDS: [&str; 8] =
+    ["uses", "needs", "with", "matrix", "resources", "timeout", "retries", "description"];
 /// What a name may be made of: it becomes a folder in the store.
 pub(crate) const NAME_PATTERN: &str = "^[A-Za-z0-9_-]{1,100}$";
 
@@ -43,6 +44,8 @@ pub(crate) struct StageDraft {
     pub(crate) with: Option<(Span, Node)>,
     /// The value, with the span of the word `matrix`.
     pub(crate) matrix: Option<(Span, Node)>,
+    /// `resources`, `timeout` and `retries`, those that are given.
+    pub(crate) execution: Entries,
 }
 
 /// A text and where it stands.
@@ -132,7 +135,8 @@ fn overlay<T>(below: &mut Vec<T>, above: Vec<T>, name: impl Fn(&T) -> &String, m
 fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
     let name = checked_name(Text { text: name.text, span: name.span }, problems)
         .map(|text| Key { text, span: name.span })?;
-    let mut draft = StageDraft { name, uses: None, needs: None, with: None, matrix: None };
+    let mut draft =
+        StageDraft { name, uses: None, needs: None, with: None, matrix: None, execution: Vec::new() };
     let mut has_uses = !matches!(node.value, Value::Map(_) | Value::Null);
     let entries = optional_map(node, &format!("stage `{}`", draft.name.text), problems);
     for (key, node) in entries {
@@ -148,6 +152,8 @@ fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
             }
             "needs" => draft.needs = is_given.then_some((key.span, node)),
             "with" => draft.with = is_given.then_some((key.span, node)),
+            "resources" | "timeout" | "retries" if is_given => draft.execution.push((key, node)),
+            "resources" | "timeout" | "retries" => {}
             "matrix" => draft.matrix = is_given.then_some((key.span, node)),
             "description" => drop(text(node, "description", problems)),
             _ => {

@@ -6,6 +6,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use crate::manifest::document::{NAME_PATTERN, STAGE_WORDS, WORDS};
+use crate::manifest::execution::Written;
 use crate::manifest::sweep::Spec;
 use crate::stage::{Arity, StageKind};
 
@@ -25,6 +26,7 @@ pub fn json_schema(kinds: &[&'static dyn StageKind]) -> Json {
     }
     definitions.insert("stage".to_owned(), stage_schema(kinds));
     add("sweep", schemars::schema_for!(Spec).to_value(), &mut definitions);
+    add("execution", schemars::schema_for!(Written).to_value(), &mut definitions);
     definitions["sweep"]["description"] = json!(
         "What `tunesmith sweep` tries and compares; one of `matrix`, `list` and `random` says which values."
     );
@@ -87,6 +89,7 @@ fn stage_schema(kinds: &[&'static dyn StageKind]) -> Json {
                     "description": "The stages whose results this one takes: a name, a list of names, or a map from input to name.",
                     "type": ["string", "array", "object", "null"]
                 }),
+                "resources" | "timeout" | "retries" => json!({ "$ref": format!("#/$defs/execution/properties/{word}") }),
                 "matrix" => json!({
                     "description": "Lists of values by axis: the stage becomes one node a combination, which reads its values as `${matrix.axis}`. Whoever needs the stage takes all nodes; a stage with axes of the same name takes those that agree with it.",
                     "type": ["object", "string", "null"], "additionalProperties": { "type": ["array", "string"], "minItems": 1 }

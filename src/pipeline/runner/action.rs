@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use walkdir::WalkDir;
@@ -16,12 +16,16 @@ use crate::events::{Reporter, RunEvent};
 use crate::graph::{Stage, StageId};
 use crate::key::{Part, Reason};
 use crate::lease::Lease;
-use crate::stage::{Artifact, OutputFile, RowCounts, SourceFile, StageContext, StageError};
+use crate::stage::{Artifact, MessageLevel, OutputFile, RowCounts, SourceFile, StageContext, StageError};
 use crate::store::{ActionRecord, Flush, StoreError, create_dir, folder_name, tree_digest, tree_encode};
 
 use super::driver::Shared;
 use super::services::StageServices;
 use super::sources::{Snapshot, adopt};
+
+/// How long to wait before the first retry, and at most before any.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// An action that has to run.
 pub(super) struct Job<'p> {
@@ -80,15 +84,15 @@ impl From<StoreError> for StageError {
     }
 }
 
-/// Runs an action, unless another process finishes it first.
-pub(super) fn run(shared: &Shared<'_>, job: &Job<'_>) -> Done {
-    match run_leased(shared, job) {
+/// Runs an action, unless another process finishes it first. `gpus` are lent to it meanwhile.
+pub(super) fn run(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Done {
+    match run_leased(shared, job, gpus) {
         Ok(done) => done,
         Err(error) => Done::Failed(Failure::new(error.into())),
     }
 }
 
-fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Done, StoreError> {
     let store = shared.store;
     let mut waiting = || shared.recorder.report(&RunEvent::StageWaiting { stage: job.stage.name.clone() });
     let Some(_lease) = Lease::take(&store.lock_path(job.key), &|| shared.is_cancelled(), &mut waiting)?
@@ -109,10 +113,40 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
         reasons: job.reasons.iter().map(ToString::to_string).collect(),
         previous_seconds: job.previous_seconds,
     });
-    run_in_scratch(shared, job)
+    let retries = job.stage.execution.retries;
+    for attempt in 0..retries {
+        let failure = match run_in_scratch(shared, job, gpus)? {
+            Done::Failed(failure) if failure.error.transient => failure,
+            done => return Ok(done),
+        };
+        if !pause_before_retry(shared, job, attempt, &failure.error) {
+            return Ok(Done::Stopped);
+        }
+    }
+    run_in_scratch(shared, job, gpus)
 }
 
-fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+/// Waits a while that doubles from try to try. `false`: the run was stopped meanwhile.
+fn pause_before_retry(shared: &Shared<'_>, job: &Job<'_>, attempt: u32, error: &StageError) -> bool {
+    let pause = RETRY_PAUSE.saturating_mul(1 << attempt.min(16)).min(RETRY_PAUSE_MAX);
+    let text = format!(
+        "{}; try {} of {} in {:.1} s",
+        error.message,
+        attempt + 2,
+        job.stage.execution.retries + 1,
+        pause.as_secs_f64()
+    );
+    shared.recorder.log(&job.stage.name, &format!("warning: {text}"));
+    let stage = job.stage.name.clone();
+    shared.recorder.report(&RunEvent::StageMessage { stage, level: MessageLevel::Warning, text });
+    let until = Instant::now() + pause;
+    while Instant::now() < until && !shared.is_cancelled() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    !shared.is_cancelled()
+}
+
+fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Done, StoreError> {
     let started = Instant::now();
     let store = shared.store;
     let scratch = store.scratch()?;
@@ -126,7 +160,15 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
     };
     let out = scratch.path().join("out");
     fs_err::create_dir(&out)?;
-    let services = StageServices::new(&job.stage.name, shared.memo()?, shared.recorder, shared.cancelled);
+    let execution = &job.stage.execution;
+    let services = StageServices::new(
+        &job.stage.name,
+        shared.memo()?,
+        shared.recorder,
+        shared.cancelled,
+        execution.timeout,
+    );
+    let threads = execution.cpu.map(|cpu| cpu.min(shared.options.machine.cpu) as usize);
     let context = StageContext {
         stage: &job.stage.name,
         kind: (job.stage.kind.name(), job.stage.kind.version()),
@@ -136,7 +178,8 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
         out: &out,
         checkpoints: &store.checkpoints(job.key)?,
         manifest_dir: &shared.pipeline.dir,
-        threads: shared.options.threads.max(1),
+        threads: threads.unwrap_or(shared.options.threads).max(1),
+        gpus,
         services: &services,
     };
     let result = job.stage.kind.run(&context);
@@ -147,7 +190,11 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
         Ok(Done::Failed(Box::new(Failure { error, rows, metrics: metrics.clone(), seconds })))
     };
     if let Err(error) = result {
-        return if shared.is_cancelled() { Ok(Done::Stopped) } else { failed(error) };
+        return match execution.timeout {
+            _ if shared.is_cancelled() => Ok(Done::Stopped),
+            Some(timeout) if services.timed_out() => failed(timed_out(timeout)),
+            _ => failed(error),
+        };
     }
     let outputs = match take_outputs(shared, &out) {
         Ok(outputs) => outputs,
@@ -165,6 +212,12 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
     // What goes wrong from here on is a failure of this run, but the action itself is kept.
     shared.settle(job.stage, &record)?;
     Ok(Done::Ran { seconds: started.elapsed().as_secs_f64(), record: Arc::new(record) })
+}
+
+fn timed_out(timeout: Duration) -> StageError {
+    let text = format!("the stage was not done after {} s, its `timeout`", timeout.as_secs_f64());
+    StageError::new("run::timeout", text)
+        .hint("give it more time, or less to do; rows it remembered are kept")
 }
 
 fn commit(shared: &Shared<'_>, job: &Job<'_>, record: &ActionRecord) -> Result<(), StoreError> {

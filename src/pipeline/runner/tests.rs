@@ -190,6 +190,7 @@ fn pipeline(dir: &Path, lines: &[Line<'_>]) -> Pipeline {
         id: StageId(id),
         name: (*name).to_owned(),
         group: None,
+        execution: crate::graph::Execution::default(),
         kind: *kind,
         needs: needs
             .iter()

@@ -83,6 +83,7 @@ fn node(stage: &Stage, id: StageId, needs: Vec<Need>) -> Stage {
         kind: stage.kind,
         needs,
         with: stage.with.clone(),
+        execution: stage.execution.clone(),
         places: stage.places.clone(),
         origins: stage.origins.clone(),
     }
