@@ -12,6 +12,7 @@ mod model;
 mod real_model;
 mod robust;
 mod runner;
+mod store;
 mod sweep;
 mod tidy;
 mod tiny_model;

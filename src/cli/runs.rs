@@ -58,7 +58,8 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
                         (Some(false), Some(seconds)) => format!("failed after {seconds:.1} s"),
                         _ => "not ended".to_owned(),
                     };
-                    print::data(&format!("{}  {}  {}  {ended}", run.run, run.started, run.pipeline));
+                    let pinned = if run.pinned { ", pinned" } else { "" };
+                    print::data(&format!("{}  {}  {}  {ended}{pinned}", run.run, run.started, run.pipeline));
                 }
             }
         }
@@ -83,7 +84,7 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
 }
 
 /// A run by its id; an unknown one is told here.
-fn details(runs: &Runs<'_>, run: &str) -> Result<RunDetails, Failure> {
+pub(super) fn details(runs: &Runs<'_>, run: &str) -> Result<RunDetails, Failure> {
     let found = runs.show(run).map_err(|error| {
         problems::show_error(&error, None);
         Failure::Run

@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 pub use crate::manifest::editor_schema::json_schema;
-pub use crate::manifest::execution::memory_bytes;
+pub use crate::manifest::execution::{duration, memory_bytes};
 pub(crate) use crate::manifest::matrix::label;
 pub(crate) use crate::manifest::problem::suggestion;
 pub use crate::manifest::problem::{ManifestErrors, ManifestProblem};

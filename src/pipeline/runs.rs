@@ -36,6 +36,8 @@ pub struct RunSummary {
     pub seconds: Option<f64>,
     /// How it ended.
     pub ok: Option<bool>,
+    /// Whether its results are kept from `cache gc`.
+    pub pinned: bool,
 }
 
 /// One run with all its stages.
@@ -66,7 +68,7 @@ impl<'s> Runs<'s> {
 
     /// All runs, newest first; of one pipeline if `pipeline` names it.
     pub fn list(&self, pipeline: Option<&str>) -> Result<Vec<RunSummary>, StoreError> {
-        Ok(self.store.index().with(|connection| {
+        let mut list: Vec<RunSummary> = self.store.index().with(|connection| {
             connection
                 .prepare_cached(
                     "SELECT id, pipeline, manifest, started, seconds, ok FROM runs
@@ -74,7 +76,11 @@ impl<'s> Runs<'s> {
                 )?
                 .query_map([pipeline], summary_at)?
                 .collect()
-        })?)
+        })?;
+        for run in &mut list {
+            run.pinned = self.store.is_pinned(&run.run);
+        }
+        Ok(list)
     }
 
     /// One run by its id, or by the beginning of its id if only one run starts so.
@@ -108,6 +114,7 @@ fn summary_at(row: &Row<'_>) -> rusqlite::Result<RunSummary> {
         started: row.get(3)?,
         seconds: row.get(4)?,
         ok: row.get(5)?,
+        pinned: false,
     })
 }
 

@@ -132,6 +132,12 @@ pub fn memory_bytes(text: &str) -> Option<u64> {
     (bytes > 0.0 && bytes < 1e18).then_some(bytes as u64)
 }
 
+/// Time of a text such as `30d`; a plain number is seconds.
+pub fn duration(text: &str) -> Option<Duration> {
+    let seconds = text.parse().ok().or_else(|| parsed(text, &TIMES))?;
+    (0.0..3.2e9).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

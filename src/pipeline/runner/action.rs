@@ -136,14 +136,18 @@ fn pause_before_retry(shared: &Shared<'_>, job: &Job<'_>, attempt: u32, error: &
         job.stage.execution.retries + 1,
         pause.as_secs_f64()
     );
-    shared.recorder.log(&job.stage.name, &format!("warning: {text}"));
-    let stage = job.stage.name.clone();
-    shared.recorder.report(&RunEvent::StageMessage { stage, level: MessageLevel::Warning, text });
+    warn(shared, job, text);
     let until = Instant::now() + pause;
     while Instant::now() < until && !shared.is_cancelled() {
         std::thread::sleep(Duration::from_millis(20));
     }
     !shared.is_cancelled()
+}
+
+fn warn(shared: &Shared<'_>, job: &Job<'_>, text: String) {
+    shared.recorder.log(&job.stage.name, &format!("warning: {text}"));
+    let stage = job.stage.name.clone();
+    shared.recorder.report(&RunEvent::StageMessage { stage, level: MessageLevel::Warning, text });
 }
 
 fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Done, StoreError> {
@@ -250,7 +254,11 @@ fn link_inputs(
         match shared.store.link_into(&folder, &record.outputs) {
             Ok(()) => {}
             Err(error @ StoreError::Damaged { .. }) => {
-                shared.recorder.log(&job.stage.name, &format!("input {slot} (stage {name}): {error}"));
+                warn(
+                    shared,
+                    job,
+                    format!("{error}; it is an output of stage `{name}`, which makes it again"),
+                );
                 damaged.push(*stage);
                 continue;
             }
