@@ -105,7 +105,7 @@ impl Store {
     fn collect(&self, policy: &GcPolicy) -> Result<GcReport, StoreError> {
         let sizes = self.object_sizes()?;
         let mut actions = self.actions()?;
-        actions.sort_by(|a, b| (a.made, a.record.key).cmp(&(b.made, b.record.key)));
+        actions.sort_by_key(|action| (action.made, action.record.key));
         let holds = self.holds(policy.keep_last)?;
         let hold = |action: &Action| holds.get(&action.record.key).copied().unwrap_or(Hold::None);
 
