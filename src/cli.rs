@@ -118,6 +118,11 @@ impl ManifestArgs {
 }
 
 impl ParamArgs {
+    /// Whether the params are those of the manifest.
+    fn is_empty(&self) -> bool {
+        self.profile.is_none() && self.set.is_empty() && self.params.is_empty()
+    }
+
     fn overrides(&self) -> Overrides {
         Overrides { profile: self.profile.clone(), set: self.set.clone(), params_files: self.params.clone() }
     }

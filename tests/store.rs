@@ -51,14 +51,16 @@ fn make_short(path: &std::path::Path) {
     std::fs::File::options().write(true).open(path).unwrap().set_len(1).unwrap();
 }
 
+type Harm = fn(&std::path::Path);
+
 #[test]
 fn altered_short_and_missing_objects_are_found_named_and_healed() {
-    let harm: [(&str, fn(&std::path::Path)); 3] = [
+    let ways: [(&str, Harm); 3] = [
         ("corrupt", alter),
         ("corrupt", make_short),
         ("missing", |path| std::fs::remove_file(path).unwrap()),
     ];
-    for (word, harm) in harm {
+    for (word, harm) in ways {
         let project = project();
         let before = run(&project, &[]);
         let name = digest(&before, "a", "out");

@@ -10,6 +10,7 @@ mod job;
 mod manifests;
 mod model;
 mod real_model;
+mod records;
 mod robust;
 mod runner;
 mod store;

@@ -7,8 +7,10 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use tunesmith_pipeline::graph::Pipeline;
+use tunesmith_pipeline::lock::{Lock, lock_path};
 use tunesmith_pipeline::manifest::memory_bytes;
-use tunesmith_pipeline::runner::{self, RunOptions, RunReport, StageState};
+use tunesmith_pipeline::runner::{self, ErrorReport, RunOptions, RunReport, StageState};
 use tunesmith_pipeline::scheduler::Machine;
 use tunesmith_pipeline::store::Store;
 
@@ -32,6 +34,12 @@ pub(super) struct Options {
     /// After a failure, go on with what does not need it
     #[arg(long)]
     keep_going: bool,
+    /// Fail where a result would not be the one in `<manifest>.lock`
+    #[arg(long)]
+    locked: bool,
+    /// Run everything once more and compare: name stages that make other bytes from the same inputs
+    #[arg(long, conflicts_with = "force")]
+    verify: bool,
     /// Put the results here instead of `<cache>/out/<name>`
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -111,21 +119,59 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
         targets: options.stages.clone(),
         force: options.force.clone(),
         keep_going: options.keep_going,
+        verify: options.verify,
         out: options.out.clone(),
         ..RunOptions::default()
     });
+    let lock = options.locked.then(|| hold(&pipeline, store, &run, options.json)).transpose()?;
     let cancel = stop_signals();
     let progress = Progress::new(options.quiet);
-    let report = runner::run(&pipeline, store, &run, &progress, &cancel)
+    let mut report = runner::run(&pipeline, store, &run, &progress, &cancel)
         .map_err(|error| problems::show_runner(&error, options.json))?;
+    if let Some(lock) = lock {
+        report.errors.extend(lock.differences(&report));
+        report.ok &= report.errors.is_empty();
+    } else if options.stages.is_empty() && options.manifest.params.is_empty() {
+        write_lock(&pipeline, &report);
+    }
     if options.json {
         print::json(&report);
     }
     report.errors.iter().for_each(problems::show_error_report);
     if !options.quiet && !options.json {
-        sum_up(&report);
+        sum_up(&report, options.verify);
     }
     if report.ok { Ok(()) } else { Err(Failure::Run) }
+}
+
+/// The lock that the run is held to. What would differ is shown here, before anything runs.
+fn hold(pipeline: &Pipeline, store: &Store, run: &RunOptions, json: bool) -> Result<Lock, Failure> {
+    let lock = Lock::read(&lock_path(&pipeline.path)).map_err(|error| {
+        if json {
+            let error = ErrorReport::plain("lock::unusable", error.to_string(), error.hint());
+            print::json(&serde_json::json!({ "ok": false, "stages": [], "errors": [error] }));
+        }
+        problems::show_error(&error, error.hint());
+        Failure::Usage
+    })?;
+    let plan = runner::plan(pipeline, store, run).map_err(|error| problems::show_runner(&error, json))?;
+    let refused = lock.refusals(&plan);
+    if refused.is_empty() {
+        return Ok(lock);
+    }
+    if json {
+        print::json(&serde_json::json!({ "ok": false, "stages": [], "errors": refused }));
+    }
+    refused.iter().for_each(problems::show_error_report);
+    Err(Failure::Run)
+}
+
+/// Writes what the run made beside its manifest; where that cannot be, the run is no worse for it.
+fn write_lock(pipeline: &Pipeline, report: &RunReport) {
+    let Some(lock) = Lock::of(&pipeline.name, report) else { return };
+    if let Err(error) = lock.write(&lock_path(&pipeline.path)) {
+        tracing::warn!("the lock could not be written: {error}");
+    }
 }
 
 /// The first Ctrl-C or SIGTERM asks the run to stop; the second ends the program.
@@ -143,7 +189,7 @@ pub(super) fn stop_signals() -> Arc<AtomicBool> {
 }
 
 /// A table of the stages that did not simply stay as they were, their headline figures, and where the results are.
-fn sum_up(report: &RunReport) {
+fn sum_up(report: &RunReport, verify: bool) {
     let paint = Paint::stderr();
     let width = report.stages.iter().map(|stage| stage.name.len()).max().unwrap_or(0);
     print::note("");
@@ -166,7 +212,8 @@ fn sum_up(report: &RunReport) {
     }
     let ran = report.stages.iter().filter(|stage| stage.state == StageState::Ran).count();
     let cached = report.stages.iter().filter(|stage| stage.state == StageState::Cached).count();
-    print::note(&format!("{ran} ran, {cached} cached, in {:.2} s", report.seconds));
+    let verified = if verify { ", and made the same bytes again unless an error says otherwise" } else { "" };
+    print::note(&format!("{ran} ran{verified}, {cached} cached, in {:.2} s", report.seconds));
     for stage in &report.stages {
         let pages = stage.outputs.iter().filter(|output| output.path.ends_with(".html"));
         for (folder, page) in

@@ -16,6 +16,7 @@ pub mod events;
 pub mod graph;
 pub mod key;
 pub mod lease;
+pub mod lock;
 pub mod manifest;
 pub mod memo;
 pub mod runner;

@@ -58,6 +58,8 @@ pub struct RunOptions {
     pub threads: usize,
     /// After a failure, still run what does not need the failed stage.
     pub keep_going: bool,
+    /// Run stages whose result stands once more and compare: what differs is an error, and the result stays.
+    pub verify: bool,
     /// Where results are put, `<out>/<stage>/`; else `out/<pipeline>/<stage>/` in the store.
     pub out: Option<PathBuf>,
     /// What the running stages may take together.
@@ -74,6 +76,7 @@ impl Default for RunOptions {
             jobs: cores,
             threads: cores,
             keep_going: false,
+            verify: false,
             out: None,
             machine: Machine {
                 cpu: u32::try_from(cores).unwrap_or(u32::MAX),
@@ -182,6 +185,7 @@ pub fn run(
     cancelled: &AtomicBool,
 ) -> Result<RunReport, RunnerError> {
     let (selected, forced) = selection(pipeline, options)?;
+    let forced = if options.verify { selected.clone() } else { forced };
     demand::check(pipeline, &selected, &options.machine)?;
     let assessment = snapshot(pipeline, store, &selected, &forced)?;
     let recorder = Recorder::begin(pipeline, store, reporter)?;

@@ -179,17 +179,14 @@ fn run_round(
 
 fn no_objective(stage: &str, metric: &str, metrics: &Map<String, Value>) -> ErrorReport {
     let known: Vec<String> = metrics.keys().map(|name| format!("`{name}`")).collect();
+    let hint = match known.as_slice() {
+        [] => "it reported no metrics; an `exec` stage reports what `metrics: FILE` names".to_owned(),
+        _ => format!("it reported {}", known.join(", ")),
+    };
+    let message = format!("stage `{stage}` reported no number `{metric}`");
     ErrorReport {
-        code: "sweep::no_objective".to_owned(),
-        message: format!("stage `{stage}` reported no number `{metric}`"),
-        file: None,
-        line: None,
-        column: None,
         stage: Some(stage.to_owned()),
-        hint: Some(match known.as_slice() {
-            [] => "it reported no metrics; an `exec` stage reports what `metrics: FILE` names".to_owned(),
-            _ => format!("it reported {}", known.join(", ")),
-        }),
+        ..ErrorReport::plain("sweep::no_objective", message, Some(&hint))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Everything happens in a scratch folder until the record is written. A failure, a panic or a kill before
 //! that leaves nothing anybody believes; objects already stored are only content without a name.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -53,6 +54,8 @@ pub(super) struct JobInput<'p> {
 pub(super) enum Done {
     /// It ran and is committed.
     Ran { record: Arc<ActionRecord>, seconds: f64 },
+    /// It ran once more and made something else; the result that stood is kept.
+    Differs { record: Arc<ActionRecord>, seconds: f64, error: StageError },
     /// Somebody else finished it meanwhile.
     Found(Arc<ActionRecord>),
     /// The results of these stages are damaged.
@@ -212,10 +215,43 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result
         seconds: started.elapsed().as_secs_f64(),
         ..ActionRecord::new(job.key, &job.stage.name, job.parts.clone())
     };
+    if shared.options.verify
+        && let Some(standing) = store.action(job.key)?
+        && store.damaged_output(&standing)?.is_none()
+    {
+        store.clear_checkpoints(job.key)?;
+        shared.settle(job.stage, &standing)?;
+        return Ok(compared(standing, &record));
+    }
     commit(shared, job, &record)?;
     // What goes wrong from here on is a failure of this run, but the action itself is kept.
     shared.settle(job.stage, &record)?;
     Ok(Done::Ran { seconds: started.elapsed().as_secs_f64(), record: Arc::new(record) })
+}
+
+/// What a second run of an action came to.
+fn compared(standing: ActionRecord, again: &ActionRecord) -> Done {
+    let seconds = again.seconds;
+    if standing.tree == again.tree {
+        return Done::Ran { record: Arc::new(standing), seconds };
+    }
+    let digests = |record: &ActionRecord| -> BTreeMap<String, Digest> {
+        record.outputs.iter().map(|file| (file.path.clone(), file.digest)).collect()
+    };
+    let (old, new) = (digests(&standing), digests(again));
+    let paths: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let short = |digest: Option<&Digest>| digest.map_or_else(|| "nothing".to_owned(), Digest::short);
+    let files: Vec<String> = paths
+        .into_iter()
+        .filter(|path| old.get(*path) != new.get(*path))
+        .map(|path| format!("`{path}` ({} → {})", short(old.get(path)), short(new.get(path))))
+        .collect();
+    let text =
+        format!("stage `{}` made other bytes from the same inputs: {}", standing.stage, files.join(", "));
+    let error = StageError::new("run::nondeterministic", text).hint(
+        "look for times, random numbers without a seed, or the order of a folder's files; the earlier result is kept",
+    );
+    Done::Differs { record: Arc::new(standing), seconds, error }
 }
 
 fn timed_out(timeout: Duration) -> StageError {

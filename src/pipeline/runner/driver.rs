@@ -295,6 +295,19 @@ impl<'a> Work for Driver<'a> {
                 });
                 Settlement::Settled { changed: self.settled(id, &record, StageState::Ran, seconds) }
             }
+            Done::Differs { record, seconds, error } => {
+                self.forced.remove(&id);
+                let message = whole_message(&error);
+                self.shared.recorder.log(&stage.name, &format!("error: {message}"));
+                let hint = error.hint.clone();
+                self.shared.recorder.report(&RunEvent::StageFailed {
+                    stage: stage.name.clone(),
+                    message,
+                    hint,
+                });
+                self.errors.push(ErrorReport::of_stage(stage, &error));
+                Settlement::Settled { changed: self.settled(id, &record, StageState::Ran, seconds) }
+            }
             Done::Found(record) => {
                 self.shared.recorder.report(&RunEvent::StageCached { stage: stage.name.clone() });
                 Settlement::Settled { changed: self.settled(id, &record, StageState::Cached, 0.0) }
