@@ -111,3 +111,43 @@ stages:
     assert_eq!(digest(&after, "clock", "out"), digest(&before, "clock", "out"));
     project.run(&["cache", "verify"]).success();
 }
+
+#[test]
+fn a_run_is_exported_as_trace_metrics_and_provenance() {
+    let project = Project::new().file(
+        "m.yaml",
+        r#"
+stages:
+  a: { uses: exec, with: { run: "sleep 0.2; echo 1 > out", outputs: [out] } }
+  b: { uses: exec, with: { run: "sleep 0.2; echo 2 > out", outputs: [out] } }
+  c: { uses: exec, needs: [a, b], with: { run: 'echo "{\"loss\": 0.5, \"deep\": {\"er\": 2}}" > m.json', outputs: [m.json], metrics: m.json } }
+"#,
+    );
+    let run = project.json(&["run", "m.yaml", "--json", "--jobs", "2"])["run"].as_str().unwrap().to_owned();
+    let export = |format: &str| project.run(&["runs", "export", &run, "--format", format]).success();
+
+    let trace = export("trace").json();
+    let events = trace["traceEvents"].as_array().unwrap();
+    assert_eq!(events.len(), 3);
+    let of = |name: &str| events.iter().find(|event| event["name"] == name).unwrap();
+    assert_ne!(of("a")["tid"], of("b")["tid"], "side by side");
+    assert!(of("a")["dur"].as_f64().unwrap() >= 200_000.0 && of("c")["ts"].as_f64() > of("a")["ts"].as_f64());
+
+    assert_eq!(export("metrics").json()["stages"]["c"]["deep.er"], 2);
+    let text = export("openmetrics").stdout;
+    assert!(
+        text.contains("tunesmith_stage_metric{pipeline=\"m\",stage=\"c\",metric=\"loss\"} 0.5\n"),
+        "{text}"
+    );
+    assert!(text.ends_with("# EOF\n"));
+
+    let graph = export("ro-crate").json()["@graph"].as_array().unwrap().clone();
+    let node = |id: &str| graph.iter().find(|node| node["@id"] == id).unwrap_or_else(|| panic!("no {id}"));
+    assert_eq!(node("#c")["object"], serde_json::json!([{ "@id": "out/m/a/out" }, { "@id": "out/m/b/out" }]));
+    assert_eq!(node("#c")["result"][0]["@id"], "out/m/c/m.json");
+    assert_eq!(node("./")["hasPart"].as_array().unwrap().len(), 3);
+    for file in node("./")["hasPart"].as_array().unwrap() {
+        assert!(project.path("cache").join(file["@id"].as_str().unwrap()).exists());
+        node(file["@id"].as_str().unwrap());
+    }
+}

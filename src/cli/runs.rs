@@ -1,6 +1,6 @@
 //! `runs`: the history of a store.
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use serde_json::Value;
 use tunesmith_pipeline::runs::{RunDetails, RunDiff, Runs, StageChange};
 use tunesmith_pipeline::store::Store;
@@ -29,6 +29,14 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print a run in a form that other tools read
+    Export {
+        /// Id of the run, or its beginning
+        run: String,
+        /// The form
+        #[arg(long, value_enum)]
+        format: Format,
+    },
     /// Show one run with its stages
     Show {
         /// Id of the run, from `runs list`
@@ -39,7 +47,19 @@ pub(super) enum Command {
     },
 }
 
-/// Lists or shows.
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum Format {
+    /// When each stage ran, for chrome://tracing and Perfetto
+    Trace,
+    /// The metrics of every stage as JSON
+    Metrics,
+    /// The numbers of every stage as OpenMetrics text, for Prometheus
+    Openmetrics,
+    /// What was made from what, as RO-Crate metadata (JSON-LD)
+    RoCrate,
+}
+
+/// Lists, shows, compares or exports.
 pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
     let failed = |error| {
         problems::show_error(&error, None);
@@ -69,6 +89,15 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
                 print::json(&details);
             } else {
                 print::data(&serde_json::to_string_pretty(&details).expect("a run is JSON"));
+            }
+        }
+        Command::Export { run, format } => {
+            let details = details(&runs, run)?;
+            match format {
+                Format::Trace => print::json(&details.trace().map_err(failed)?),
+                Format::Metrics => print::json(&details.metrics()),
+                Format::Openmetrics => print::data(details.open_metrics().trim_end()),
+                Format::RoCrate => print::json(&details.ro_crate().map_err(failed)?),
             }
         }
         Command::Diff { a, b, json } => {

@@ -18,6 +18,7 @@ use crate::runner::RunReport;
 use crate::store::{Store, StoreError, folder_name};
 
 mod diff;
+mod export;
 
 pub use diff::{MetricChange, RunDiff, StageChange, StageDiff};
 
