@@ -16,13 +16,14 @@ mod run;
 mod runs;
 mod schema;
 mod sweep;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use tunesmith_pipeline::graph::Pipeline;
-use tunesmith_pipeline::manifest::{self, Overrides};
+use tunesmith_pipeline::manifest::{self, Loaded, ManifestErrors, Overrides};
 use tunesmith_pipeline::store::Store;
 
 use crate::stages::STAGES;
@@ -111,6 +112,11 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl ManifestArgs {
+    /// Loads the manifest, and shows nothing.
+    fn read(&self) -> Result<Loaded, ManifestErrors> {
+        manifest::load(&self.manifest, &self.params.overrides(), STAGES)
+    }
+
     /// Loads the manifest; what is wrong with it is shown here.
     fn load(&self, json: bool) -> Result<Pipeline, Failure> {
         load(&self.manifest, &self.params, json)

@@ -192,6 +192,35 @@ fn two_runs_at_once_execute_a_stage_once() {
 }
 
 #[test]
+fn watch_runs_what_an_edit_touches_and_a_touch_is_no_edit() {
+    let chain = Chain::new();
+    let mut command = chain.project.command(&["run", "chain.yaml", "--watch", "--quiet"]);
+    command.env("LOG", chain.project.path("log")).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let result = || std::fs::read_to_string(chain.project.path("cache/out/chain/words/words.txt")).ok();
+    let until = |is_so: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !is_so() {
+            assert!(started.elapsed() < Duration::from_secs(30), "{:?}", result());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    until(&|| result().as_deref() == Some("one\n2\n"));
+    chain.project.write("notes/c.txt", "gamma\n");
+    until(&|| result().as_deref() == Some("one\n3\n"));
+    let note = std::fs::File::options().append(true).open(chain.project.path("notes/a.txt")).unwrap();
+    note.set_modified(std::time::SystemTime::now() + Duration::from_secs(60)).unwrap();
+    chain.project.write("chain.yaml", "stages: [");
+    std::thread::sleep(Duration::from_millis(600));
+    chain.project.write("chain.yaml", CHAIN.replace("word: one", "word: two"));
+    until(&|| result().as_deref() == Some("two\n3\n"));
+    assert_eq!((chain.executions("lines"), chain.executions("words")), (2, 3));
+    // SAFETY: kill(2) takes plain numbers; the process is this test's own child, not waited for yet.
+    unsafe { libc::kill(libc::pid_t::try_from(child.id()).unwrap(), libc::SIGINT) };
+    assert!(child.wait().unwrap().success(), "Ctrl-C is how a watch ends");
+}
+
+#[test]
 fn eight_runs_at_once_execute_each_of_many_stages_once() {
     let stage = |n: u32| {
         let needs = if n < 3 { String::new() } else { format!("needs: [s{}, s{}], ", n - 3, n - 2) };

@@ -17,7 +17,7 @@ use tunesmith_pipeline::store::Store;
 use super::exit_code::Failure;
 use super::print::{self, Paint};
 use super::progress::{Progress, rows_text};
-use super::{ManifestArgs, problems};
+use super::{ManifestArgs, problems, watch};
 
 /// Options of `run`.
 #[derive(Args)]
@@ -40,6 +40,9 @@ pub(super) struct Options {
     /// Run everything once more and compare: name stages that make other bytes from the same inputs
     #[arg(long, conflicts_with = "force")]
     verify: bool,
+    /// Run again whenever something a stage reads is another, until Ctrl-C
+    #[arg(long, conflicts_with_all = ["force", "verify", "locked"])]
+    watch: bool,
     /// Put the results here instead of `<cache>/out/<name>`
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -114,7 +117,6 @@ impl MachineArgs {
 
 /// Runs the pipeline.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
-    let pipeline = options.manifest.load(options.json)?;
     let run = options.machine.apply(RunOptions {
         targets: options.stages.clone(),
         force: options.force.clone(),
@@ -123,10 +125,26 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
         out: options.out.clone(),
         ..RunOptions::default()
     });
-    let lock = options.locked.then(|| hold(&pipeline, store, &run, options.json)).transpose()?;
     let cancel = stop_signals();
+    if options.watch {
+        watch::watch(&options.manifest, store, &run, &cancel, || once(options, store, &run, &cancel));
+        return Ok(());
+    }
+    let report = once(options, store, &run, &cancel)?;
+    if report.ok { Ok(()) } else { Err(Failure::Run) }
+}
+
+/// Runs the pipeline one time and shows what came of it.
+fn once(
+    options: &Options,
+    store: &Store,
+    run: &RunOptions,
+    cancel: &AtomicBool,
+) -> Result<RunReport, Failure> {
+    let pipeline = options.manifest.load(options.json)?;
+    let lock = options.locked.then(|| hold(&pipeline, store, run, options.json)).transpose()?;
     let progress = Progress::new(options.quiet);
-    let mut report = runner::run(&pipeline, store, &run, &progress, &cancel)
+    let mut report = runner::run(&pipeline, store, run, &progress, cancel)
         .map_err(|error| problems::show_runner(&error, options.json))?;
     if let Some(lock) = lock {
         report.errors.extend(lock.differences(&report));
@@ -141,7 +159,7 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     if !options.quiet && !options.json {
         sum_up(&report, options.verify);
     }
-    if report.ok { Ok(()) } else { Err(Failure::Run) }
+    Ok(report)
 }
 
 /// The lock that the run is held to. What would differ is shown here, before anything runs.
