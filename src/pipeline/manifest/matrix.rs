@@ -15,6 +15,8 @@ use crate::stage::{Arity, StageKind};
 
 /// Most nodes that the matrices of one manifest may make.
 pub(crate) const NODES_MAX: usize = 50_000;
+/// Most axes of a matrix, or params of a sweep.
+pub(crate) const AXES_MAX: usize = 32;
 /// Longest value of an axis, as JSON.
 const VALUE_BYTES_MAX: usize = 4096;
 /// Longest part of a node's name that comes from one value.
@@ -46,6 +48,10 @@ pub(crate) fn combinations(
         }
         return vec![Vec::new()];
     };
+    if axes.len() > AXES_MAX {
+        refused(resolver, *word, format!("the matrix has more than {AXES_MAX} axes"));
+        return vec![Vec::new()];
+    }
     let mut combinations: Vec<Combination> = vec![Vec::new()];
     for (axis, values) in axes {
         let found = values.found();

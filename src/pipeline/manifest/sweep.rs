@@ -15,6 +15,7 @@ use crate::digest::Digest;
 use crate::graph::Pipeline;
 use crate::manifest::document::{Document, Entries};
 use crate::manifest::interpolate::Resolver;
+use crate::manifest::matrix::AXES_MAX;
 use crate::manifest::node::{Node, Value, find};
 use crate::manifest::problem::{ManifestErrors, Problem, Problems, quoted, suggestion};
 use crate::manifest::source::{FileId, Sources, Span};
@@ -356,6 +357,11 @@ fn points(spec: &Spec, word: Span, problems: &mut Problems) -> Option<Vec<Map<St
         problems.push(Problem::new("manifest::sweep", word, message));
         None
     };
+    let tried = spec.matrix.as_ref().map(BTreeMap::len);
+    let tried = tried.or(spec.random.as_ref().map(|random| random.params.len()));
+    if tried.is_some_and(|count| count > AXES_MAX) {
+        return refused("the sweep tries too many params at once");
+    }
     if let Some(matrix) = &spec.matrix {
         let count = matrix.values().map(Vec::len).try_fold(1_usize, usize::checked_mul);
         match count {
