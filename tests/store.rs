@@ -179,3 +179,36 @@ fn a_newer_store_is_refused_and_left_as_it_is() {
     project.run(&["run", "kept.yaml"]).code(1).says("has format `tunesmith store 2`").says("newer tunesmith");
     assert_eq!(std::fs::read_dir(project.path("cache")).unwrap().count(), 1);
 }
+
+#[test]
+fn results_are_shared_through_a_folder_and_damaged_ones_are_not_believed() {
+    let here = project();
+    let made = run(&here, &[]);
+    let folder = here.path("shared");
+    let folder = folder.to_str().unwrap();
+    let pushed = here.json(&["cache", "push", folder, "--json"]);
+    assert_eq!((pushed["actions"].as_u64(), pushed["refused"].as_u64()), (Some(3), Some(0)));
+    assert_eq!(
+        here.json(&["cache", "push", folder, "--json"])["objects"],
+        0,
+        "what is there is not copied again"
+    );
+
+    let there = project();
+    assert_eq!(states(&run(&there, &["--remote", folder])), ["a=cached", "b=cached", "c=cached"]);
+    assert_eq!(there.read("cache/out/kept/c/out"), "1\n1\nx\n");
+    there.run(&["cache", "verify"]).success();
+
+    let pulling = project();
+    assert_eq!(pulling.json(&["cache", "pull", folder, "--json"])["actions"], 3);
+    assert_eq!(states(&run(&pulling, &[])), ["a=cached", "b=cached", "c=cached"]);
+
+    let name = digest(&made, "b", "out");
+    alter(&here.path("shared/objects").join(&name[..2]).join(&name));
+    let wary = project();
+    assert_eq!(states(&run(&wary, &["--remote", folder])), ["a=cached", "b=ran", "c=cached"]);
+    wary.run(&["cache", "verify"]).success();
+    assert_eq!(project().run(&["cache", "pull", folder, "--json"]).code(1).json()["refused"], 1);
+    wary.run(&["cache", "pull", "s3://bucket"]).code(2).says("is no folder");
+    wary.run(&["cache", "pull", "nowhere"]).code(1).says("holds no results");
+}

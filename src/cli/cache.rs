@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use tunesmith_pipeline::manifest::{duration, memory_bytes};
 use tunesmith_pipeline::runs::Runs;
-use tunesmith_pipeline::store::{GcPolicy, Store};
+use tunesmith_pipeline::store::{GcPolicy, Remote, Store, StoreError, Transfer};
 
 use super::exit_code::Failure;
 use super::{print, problems};
@@ -21,6 +21,10 @@ pub(super) enum Command {
     },
     /// Remove results that no kept run needs
     Gc(Gc),
+    /// Copy results to a folder that other machines share
+    Push(Share),
+    /// Copy results from a folder that other machines share
+    Pull(Share),
     /// Keep the results of a run from `gc`
     Pin {
         /// Id of the run, from `runs list`, or its beginning
@@ -57,6 +61,43 @@ pub(super) struct Gc {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Where results are shared.
+#[derive(Args)]
+pub(super) struct Share {
+    /// The folder, or its `file://` address
+    folder: String,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn share(
+    options: &Share,
+    transfer: impl FnOnce(&Remote) -> Result<Transfer, StoreError>,
+) -> Result<(), Failure> {
+    if options.folder.contains("://") && !options.folder.starts_with("file://") {
+        print::note(&format!(
+            "error: `{}` is no folder\nhint:  results are shared through a folder, such as one that the network mounts",
+            options.folder
+        ));
+        return Err(Failure::Usage);
+    }
+    let done = transfer(&Remote::new(&options.folder)).map_err(|error| {
+        problems::show_error(&error, error.hint());
+        Failure::Run
+    })?;
+    if options.json {
+        print::json(&done);
+    } else {
+        let Transfer { actions, objects, bytes, refused } = done;
+        print::data(&format!(
+            "{actions} actions, {objects} objects, {:.1} MiB; {refused} not whole",
+            mib(bytes)
+        ));
+    }
+    if done.refused > 0 { Err(Failure::Run) } else { Ok(()) }
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -133,6 +174,8 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
             }
         }
         Command::Gc(options) => collect(options, store)?,
+        Command::Push(options) => share(options, |remote| store.push(remote))?,
+        Command::Pull(options) => share(options, |remote| store.pull(remote))?,
         Command::Pin { run } | Command::Unpin { run } => {
             let run = super::runs::details(&Runs::new(store), run)?.summary.run;
             store.pin(&run, matches!(command, Command::Pin { .. })).map_err(failed)?;

@@ -12,7 +12,7 @@ use tunesmith_pipeline::lock::{Lock, lock_path};
 use tunesmith_pipeline::manifest::memory_bytes;
 use tunesmith_pipeline::runner::{self, ErrorReport, RunOptions, RunReport, StageState};
 use tunesmith_pipeline::scheduler::Machine;
-use tunesmith_pipeline::store::Store;
+use tunesmith_pipeline::store::{Remote, Store};
 
 use super::exit_code::Failure;
 use super::print::{self, Paint};
@@ -72,10 +72,18 @@ pub(super) struct MachineArgs {
     /// GPUs to lend to stages, by id: `0,1` [default: $CUDA_VISIBLE_DEVICES, else all of NVIDIA's]
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     gpus: Option<Vec<String>>,
+    /// Look here for results that the store lacks, before running anything: a folder that `cache push` filled
+    /// [default: $TUNESMITH_REMOTE]
+    #[arg(long, value_name = "FOLDER")]
+    remote: Option<String>,
 }
 
 fn memory(text: &str) -> Result<u64, String> {
     memory_bytes(text).ok_or_else(|| "write a size such as `16GiB`".to_owned())
+}
+
+fn remote_of_environment() -> Option<String> {
+    std::env::var("TUNESMITH_REMOTE").ok().filter(|folder| !folder.is_empty())
 }
 
 /// Ids of the GPUs there are.
@@ -105,6 +113,7 @@ impl MachineArgs {
         RunOptions {
             jobs: self.jobs.map_or(options.jobs, usize::from),
             threads: self.threads.map_or(options.threads, usize::from),
+            remote: self.remote.clone().or_else(remote_of_environment).as_deref().map(Remote::new),
             machine: Machine {
                 cpu: self.cpus.unwrap_or(options.machine.cpu),
                 memory_bytes: self.memory.unwrap_or_else(all_memory),

@@ -22,7 +22,7 @@ use crate::graph::{Pipeline, Stage, StageId};
 use crate::key::Reason;
 use crate::runs::Recorder;
 use crate::scheduler::{Limits, Machine, schedule};
-use crate::store::Store;
+use crate::store::{Remote, Store};
 
 mod action;
 mod assess;
@@ -64,6 +64,8 @@ pub struct RunOptions {
     pub out: Option<PathBuf>,
     /// What the running stages may take together.
     pub machine: Machine,
+    /// Where a result that is not in the store is looked for before its stage runs.
+    pub remote: Option<Remote>,
 }
 
 impl Default for RunOptions {
@@ -78,6 +80,7 @@ impl Default for RunOptions {
             keep_going: false,
             verify: false,
             out: None,
+            remote: None,
             machine: Machine {
                 cpu: u32::try_from(cores).unwrap_or(u32::MAX),
                 memory_bytes: u64::MAX,

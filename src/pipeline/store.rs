@@ -30,6 +30,7 @@ mod gc;
 pub(crate) mod index;
 mod objects;
 mod publish;
+mod remote;
 mod scratch;
 mod tree;
 mod usage;
@@ -39,6 +40,7 @@ pub use audit::{StoreStats, Verification};
 pub use gc::{GcPolicy, GcReport};
 pub use index::IndexError;
 pub use objects::{Flush, Placed};
+pub use remote::{Remote, Transfer};
 pub use tree::{tree_decode, tree_digest, tree_encode};
 
 use index::Index;

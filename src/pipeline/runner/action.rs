@@ -103,8 +103,7 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Don
         return Ok(Done::Stopped);
     };
     if !job.forced
-        && let Some(record) = store.action(job.key)?
-        && store.damaged_output(&record)?.is_none()
+        && let Some(record) = standing(shared, job.key)?
     {
         shared.set_latest(job.stage, &record)?;
         shared.settle(job.stage, &record)?;
@@ -127,6 +126,20 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Don
         }
     }
     run_in_scratch(shared, job, gpus)
+}
+
+/// The result of an action, if somebody has made it meanwhile, or the remote has it.
+fn standing(shared: &Shared<'_>, key: Digest) -> Result<Option<ActionRecord>, StoreError> {
+    let store = shared.store;
+    if let Some(record) = store.action(key)?
+        && store.damaged_output(&record)?.is_none()
+    {
+        return Ok(Some(record));
+    }
+    match &shared.options.remote {
+        Some(remote) => store.fetch(remote, key),
+        None => Ok(None),
+    }
 }
 
 /// Waits a while that doubles from try to try. `false`: the run was stopped meanwhile.
