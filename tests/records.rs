@@ -118,11 +118,12 @@ fn a_run_is_exported_as_trace_metrics_and_provenance() {
         "m.yaml",
         r#"
 stages:
-  a: { uses: exec, with: { run: "sleep 0.2; echo 1 > out", outputs: [out] } }
+  a: { uses: exec, with: { run: "sleep 0.2; cat n.txt > out", inputs: [n.txt], outputs: [out] } }
   b: { uses: exec, with: { run: "sleep 0.2; echo 2 > out", outputs: [out] } }
   c: { uses: exec, needs: [a, b], with: { run: 'echo "{\"loss\": 0.5, \"deep\": {\"er\": 2}}" > m.json', outputs: [m.json], metrics: m.json } }
 "#,
-    );
+    )
+    .file("n.txt", "1\n");
     let run = project.json(&["run", "m.yaml", "--json", "--jobs", "2"])["run"].as_str().unwrap().to_owned();
     let export = |format: &str| project.run(&["runs", "export", &run, "--format", format]).success();
 
@@ -145,9 +146,13 @@ stages:
     let node = |id: &str| graph.iter().find(|node| node["@id"] == id).unwrap_or_else(|| panic!("no {id}"));
     assert_eq!(node("#c")["object"], serde_json::json!([{ "@id": "out/m/a/out" }, { "@id": "out/m/b/out" }]));
     assert_eq!(node("#c")["result"][0]["@id"], "out/m/c/m.json");
-    assert_eq!(node("./")["hasPart"].as_array().unwrap().len(), 3);
+    assert_eq!(node("#a")["object"], serde_json::json!([{ "@id": "n.txt" }]));
+    assert_eq!(node("./")["hasPart"].as_array().unwrap().len(), 4);
     for file in node("./")["hasPart"].as_array().unwrap() {
-        assert!(project.path("cache").join(file["@id"].as_str().unwrap()).exists());
-        node(file["@id"].as_str().unwrap());
+        let id = file["@id"].as_str().unwrap();
+        assert!(project.path("cache").join(id).exists() || id == "n.txt", "{id}");
+        assert!(node(id)["identifier"].as_str().unwrap().starts_with("blake3:"));
     }
+    let shown = project.run(&["runs", "show", &run]).success().stdout;
+    assert!(shown.contains("ran     c 0.0 s\n            deep.er 2\n"), "{shown}");
 }

@@ -198,3 +198,37 @@ fn after_a_failure_keep_going_runs_what_does_not_need_it() {
     let log = std::fs::read_dir(project.path("cache/runs")).unwrap().count();
     assert_eq!(log, 2);
 }
+
+#[test]
+fn a_gpu_is_lent_to_one_of_several_processes() {
+    let stage = |name: &str| {
+        format!(
+            "  {name}: {{ uses: exec, resources: {{ gpu: 1 }}, with: {{ run: 'echo + >> $LOG; sleep 0.3; echo - >> $LOG; echo {name} > out', outputs: [out], {LOG} }} }}"
+        )
+    };
+    let project = manifest(&[stage("a"), stage("b")].join("\n"));
+    let start = |target: &str| {
+        let mut command = project.command(&["run", "m.yaml", target, "--gpus", "0"]);
+        command.env("LOG", project.path("log/ran")).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for child in [start("a"), start("b")] {
+        Ran::from(child.wait_with_output().unwrap()).success();
+    }
+    assert_eq!(project.read("log/ran"), "+\n-\n+\n-\n");
+}
+
+#[test]
+fn a_killed_run_leaves_no_command_behind() {
+    let project = manifest(&format!(
+        "  a: {{ uses: exec, with: {{ run: 'echo started >> $LOG; sleep 0.7; echo late >> $LOG; echo a > out', outputs: [out], {LOG} }} }}"
+    ));
+    let mut command = project.command(&["run", "m.yaml"]);
+    let mut child = command.env("LOG", project.path("log/ran")).stderr(Stdio::null()).spawn().unwrap();
+    while tries(&project) == 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(900));
+    assert_eq!(tries(&project), 1, "the command went with the run");
+}

@@ -88,7 +88,7 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
             if *json {
                 print::json(&details);
             } else {
-                print::data(&serde_json::to_string_pretty(&details).expect("a run is JSON"));
+                show_run(&details);
             }
         }
         Command::Export { run, format } => {
@@ -97,7 +97,7 @@ pub(super) fn main(command: &Command, store: &Store) -> Result<(), Failure> {
                 Format::Trace => print::json(&details.trace().map_err(failed)?),
                 Format::Metrics => print::json(&details.metrics()),
                 Format::Openmetrics => print::data(details.open_metrics().trim_end()),
-                Format::RoCrate => print::json(&details.ro_crate().map_err(failed)?),
+                Format::RoCrate => print::json(&runs.ro_crate(&details).map_err(failed)?),
             }
         }
         Command::Diff { a, b, json } => {
@@ -124,6 +124,32 @@ pub(super) fn details(runs: &Runs<'_>, run: &str) -> Result<RunDetails, Failure>
         ));
         Failure::Usage
     })
+}
+
+/// The run, one line a stage, and what went wrong.
+fn show_run(run: &RunDetails) {
+    let ended =
+        run.summary.seconds.map_or_else(|| "not ended".to_owned(), |seconds| format!("{seconds:.1} s"));
+    print::data(&format!("{}  {}  {}  {ended}", run.summary.run, run.summary.started, run.summary.manifest));
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    for stage in run.stages.as_array().into_iter().flatten() {
+        let rows = &stage["rows"];
+        let rows = match rows["total"].as_u64() {
+            Some(total) if total > 0 => {
+                format!("  {total} rows, {} new, {} remembered", rows["new"], rows["remembered"])
+            }
+            _ => String::new(),
+        };
+        let seconds = stage["seconds"].as_f64().unwrap_or(0.0);
+        print::data(&format!("  {:<7} {} {seconds:.1} s{rows}", text(&stage["state"]), text(&stage["name"])));
+        for (metric, value) in stage["metrics"].as_object().into_iter().flatten() {
+            print::data(&format!("            {metric} {}", text(value)));
+        }
+    }
+    for error in run.errors.as_array().into_iter().flatten() {
+        print::data(&format!("  error: {}", text(&error["message"])));
+    }
+    print::data(&format!("  journal and logs: {}", run.folder.display()));
 }
 
 /// One line a difference, below the stage it belongs to.

@@ -115,6 +115,7 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Don
         reasons: job.reasons.iter().map(ToString::to_string).collect(),
         previous_seconds: job.previous_seconds,
     });
+    let Some(_lent) = lend(shared, job, gpus)? else { return Ok(Done::Stopped) };
     let retries = job.stage.execution.retries;
     for attempt in 0..retries {
         let failure = match run_in_scratch(shared, job, gpus)? {
@@ -126,6 +127,22 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Don
         }
     }
     run_in_scratch(shared, job, gpus)
+}
+
+/// Takes the GPUs lent to the stage for this process; another one that uses the store may have them.
+/// `None`: the run was stopped meanwhile.
+fn lend(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Option<Vec<Lease>>, StoreError> {
+    let mut lent = Vec::with_capacity(gpus.len());
+    // In one order everywhere, so that two processes never wait for each other.
+    for gpu in gpus.iter().collect::<BTreeSet<_>>() {
+        let mut waiting = || warn(shared, job, format!("waits for GPU {gpu}, which another run has"));
+        let lock = shared.store.root().join("locks").join(format!("gpu-{}.lock", folder_name(gpu)));
+        match Lease::take(&lock, &|| shared.is_cancelled(), &mut waiting)? {
+            Some(lease) => lent.push(lease),
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(lent))
 }
 
 /// The result of an action, if somebody has made it meanwhile, or the remote has it.

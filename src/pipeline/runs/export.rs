@@ -1,13 +1,16 @@
 //! A run in the forms other tools read: its schedule as a Chrome trace, its metrics as JSON and OpenMetrics,
-//! and its provenance as an RO-Crate. Each is made from the record alone, so old runs can be exported too.
+//! and its provenance as an RO-Crate. Each is made from records alone, so old runs can be exported too.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
-use crate::store::StoreError;
+use crate::digest::Digest;
+use crate::stage::OutputFile;
+use crate::store::{StoreError, tree_decode};
 
-use super::RunDetails;
+use super::{RunDetails, Runs};
 
 /// Seconds to the microseconds that a trace counts in.
 const MICROSECONDS: f64 = 1e6;
@@ -83,70 +86,6 @@ impl RunDetails {
         )
     }
 
-    /// Where everything came from, as the metadata of a Process Run Crate
-    /// (<https://w3id.org/ro/wfrun/process>). Paths are relative to the store.
-    ///
-    /// # Errors
-    /// The record of the pipeline cannot be read.
-    pub fn ro_crate(&self) -> Result<Value, StoreError> {
-        let pipeline: Value = serde_json::from_slice(&fs_err::read(self.folder.join("pipeline.json"))?)
-            .map_err(std::io::Error::from)?;
-        let written = |stage: &str| {
-            pipeline["stages"].as_array().into_iter().flatten().find(|one| one["name"] == stage)
-        };
-        let (mut files, mut actions) = (Vec::new(), Vec::new());
-        for stage in self.each_stage() {
-            let outputs = self.outputs(name(stage));
-            files.extend(outputs.iter().map(|(id, output)| {
-                json!({
-                    "@id": id, "@type": "File", "name": output["path"], "contentSize": output["bytes"].to_string(),
-                    "identifier": format!("blake3:{}", output["digest"].as_str().unwrap_or_default()),
-                })
-            }));
-            let own = written(name(stage)).cloned().unwrap_or_default();
-            let needs = own["needs"].as_object().cloned().unwrap_or_default();
-            let inputs = needs.values().filter_map(Value::as_str).flat_map(|need| self.outputs(need));
-            actions.push(json!({
-                "@id": format!("#{}", name(stage)),
-                "@type": "CreateAction",
-                "name": format!("{} ({})", name(stage), own["uses"].as_str().unwrap_or_default()),
-                "instrument": { "@id": "https://github.com/tunesmith/tunesmith" },
-                "identifier": stage["key"],
-                "description": own["with"].to_string(),
-                "object": inputs.map(|(id, _)| json!({ "@id": id })).collect::<Vec<_>>(),
-                "result": outputs.iter().map(|(id, _)| json!({ "@id": id })).collect::<Vec<_>>(),
-                "actionStatus": match stage["state"].as_str() {
-                    Some("cached" | "ran") => "http://schema.org/CompletedActionStatus",
-                    _ => "http://schema.org/FailedActionStatus",
-                },
-            }));
-        }
-        let references = |nodes: &[Value]| -> Vec<Value> {
-            nodes.iter().map(|node| json!({ "@id": node["@id"] })).collect()
-        };
-        let profile = "https://w3id.org/ro/wfrun/process/0.5";
-        let mut graph = vec![
-            json!({
-                "@id": "ro-crate-metadata.json", "@type": "CreativeWork", "about": { "@id": "./" },
-                "conformsTo": { "@id": "https://w3id.org/ro/crate/1.1" },
-            }),
-            json!({
-                "@id": "./", "@type": "Dataset", "name": self.summary.pipeline, "identifier": self.summary.run,
-                "datePublished": self.summary.started, "license": "not stated",
-                "description": format!("Results of {} and what they were made from", self.summary.manifest),
-                "conformsTo": { "@id": profile }, "hasPart": references(&files), "mentions": references(&actions),
-            }),
-            json!({ "@id": profile, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5" }),
-            json!({
-                "@id": "https://github.com/tunesmith/tunesmith", "@type": "SoftwareApplication",
-                "name": "tunesmith", "softwareVersion": pipeline["runner"],
-            }),
-        ];
-        graph.extend(files);
-        graph.extend(actions);
-        Ok(json!({ "@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph }))
-    }
-
     fn each_stage(&self) -> impl Iterator<Item = &Value> {
         self.stages.as_array().into_iter().flatten()
     }
@@ -163,6 +102,99 @@ impl RunDetails {
         outputs
             .map(|output| (format!("{folder}/{}", output["path"].as_str().unwrap_or_default()), output))
             .collect()
+    }
+}
+
+impl Runs<'_> {
+    /// Where everything in a run came from, as the metadata of a Process Run Crate
+    /// (<https://w3id.org/ro/wfrun/process>). Paths of results are relative to the store, those of sources to the
+    /// manifest.
+    ///
+    /// # Errors
+    /// The record of the pipeline cannot be read.
+    pub fn ro_crate(&self, run: &RunDetails) -> Result<Value, StoreError> {
+        let pipeline: Value = serde_json::from_slice(&fs_err::read(run.folder.join("pipeline.json"))?)
+            .map_err(std::io::Error::from)?;
+        let written = |stage: &str| {
+            pipeline["stages"].as_array().into_iter().flatten().find(|one| one["name"] == stage)
+        };
+        let (mut files, mut actions) = (Vec::new(), Vec::new());
+        for stage in run.each_stage() {
+            let outputs = run.outputs(name(stage));
+            files.extend(outputs.iter().map(|(id, output)| {
+                json!({
+                    "@id": id, "@type": "File", "name": output["path"], "contentSize": output["bytes"].to_string(),
+                    "identifier": format!("blake3:{}", output["digest"].as_str().unwrap_or_default()),
+                })
+            }));
+            let sources = self.sources(stage)?;
+            files.extend(sources.iter().map(|file| {
+                json!({
+                    "@id": file.path, "@type": "File", "name": file.path, "contentSize": file.bytes.to_string(),
+                    "identifier": format!("blake3:{}", file.digest),
+                })
+            }));
+            let own = written(name(stage)).cloned().unwrap_or_default();
+            let needs = own["needs"].as_object().cloned().unwrap_or_default();
+            let inputs = needs.values().filter_map(Value::as_str).flat_map(|need| run.outputs(need));
+            actions.push(json!({
+                "@id": format!("#{}", name(stage)),
+                "@type": "CreateAction",
+                "name": format!("{} ({})", name(stage), own["uses"].as_str().unwrap_or_default()),
+                "instrument": { "@id": "https://github.com/tunesmith/tunesmith" },
+                "identifier": stage["key"],
+                "description": own["with"].to_string(),
+                "object": inputs.map(|(id, _)| id).chain(sources.into_iter().map(|file| file.path))
+                    .map(|id| json!({ "@id": id })).collect::<Vec<_>>(),
+                "result": outputs.iter().map(|(id, _)| json!({ "@id": id })).collect::<Vec<_>>(),
+                "actionStatus": match stage["state"].as_str() {
+                    Some("cached" | "ran") => "http://schema.org/CompletedActionStatus",
+                    _ => "http://schema.org/FailedActionStatus",
+                },
+            }));
+        }
+        // Two stages may read one note.
+        let mut seen = BTreeSet::new();
+        files.retain(|file: &Value| seen.insert(file["@id"].to_string()));
+        let references = |nodes: &[Value]| -> Vec<Value> {
+            nodes.iter().map(|node| json!({ "@id": node["@id"] })).collect()
+        };
+        let profile = "https://w3id.org/ro/wfrun/process/0.5";
+        let mut graph = vec![
+            json!({
+                "@id": "ro-crate-metadata.json", "@type": "CreativeWork", "about": { "@id": "./" },
+                "conformsTo": { "@id": "https://w3id.org/ro/crate/1.1" },
+            }),
+            json!({
+                "@id": "./", "@type": "Dataset", "name": run.summary.pipeline, "identifier": run.summary.run,
+                "datePublished": run.summary.started, "license": "not stated",
+                "description": format!("Results of {} and what they were made from", run.summary.manifest),
+                "conformsTo": { "@id": profile }, "hasPart": references(&files), "mentions": references(&actions),
+            }),
+            json!({ "@id": profile, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5" }),
+            json!({
+                "@id": "https://github.com/tunesmith/tunesmith", "@type": "SoftwareApplication",
+                "name": "tunesmith", "softwareVersion": pipeline["runner"],
+            }),
+        ];
+        graph.extend(files);
+        graph.extend(actions);
+        Ok(json!({ "@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph }))
+    }
+
+    /// The files a stage read from beside its manifest, as far as they are still known.
+    fn sources(&self, stage: &Value) -> Result<Vec<OutputFile>, StoreError> {
+        let key = stage["key"].as_str().and_then(|key| key.parse::<Digest>().ok());
+        let Some(record) = key.map(|key| self.store.action(key)).transpose()?.flatten() else {
+            return Ok(Vec::new());
+        };
+        let mut files = Vec::new();
+        for part in record.parts.iter().filter(|part| part.name.starts_with("source.")) {
+            let Ok(tree) = part.value.parse::<Digest>() else { continue };
+            let listing = self.store.read_object(tree)?.and_then(|bytes| tree_decode(&bytes));
+            files.extend(listing.unwrap_or_default());
+        }
+        Ok(files)
     }
 }
 
