@@ -256,6 +256,10 @@ fn a_matrix_is_a_node_a_combination_collected_by_whoever_needs_it() {
         ]
     );
     assert_eq!(project.read("cache/out/m/scores-rank=16/out"), "16.1\n16.2\n", "axes of one name agree");
+    project
+        .run(&["explain", "m.yaml", "scores"])
+        .code(2)
+        .says("by its matrix it is `scores-rank=8`, `scores-rank=16`");
     assert_eq!(
         project.read("cache/out/m/all/names"),
         "adapter-rank=16,seed=1\nadapter-rank=16,seed=2\nadapter-rank=8,seed=1\nadapter-rank=8,seed=2\nnames\nscores-rank=16\nscores-rank=8\n"

@@ -1,17 +1,15 @@
 //! `sweep:` of a manifest: which params are tried with which values, and what is compared. Turns the words
 //! into trials, each a whole pipeline with its own params; runs nothing.
-//!
-//! Random values depend on the seed, the trial and the param alone, so a sweep that is run again, or longer,
-//! tries the same values again.
+
+mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::{Map, Number, Value as Json};
+use serde_json::{Map, Value as Json};
 
-use crate::digest::Digest;
 use crate::graph::Pipeline;
 use crate::manifest::document::{Document, Entries};
 use crate::manifest::interpolate::Resolver;
@@ -21,6 +19,8 @@ use crate::manifest::problem::{ManifestErrors, Problem, Problems, quoted, sugges
 use crate::manifest::source::{FileId, Sources, Span};
 use crate::manifest::{Overrides, Unused, build, check, include, params};
 use crate::stage::StageKind;
+
+use random::Random;
 
 /// Most trials of a sweep, seeds counted.
 const TRIALS_MAX: usize = 10_000;
@@ -51,54 +51,6 @@ pub(crate) struct Spec {
     /// Gives all trials a small budget first and goes on with the best only.
     #[serde(default)]
     halving: Option<Halving>,
-}
-
-/// Random trials.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct Random {
-    /// How many.
-    #[schemars(range(min = 1, max = 10_000))]
-    trials: u32,
-    /// Other seeds draw other values.
-    #[serde(default)]
-    seed: u64,
-    /// What each param is drawn from: a list, or a range.
-    params: BTreeMap<String, Choice>,
-}
-
-/// What a value is drawn from.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(untagged)]
-enum Choice {
-    /// One of these.
-    List(Vec<Json>),
-    /// A number in a range.
-    Range(Range),
-}
-
-/// A range of numbers, both ends included; whole numbers if both ends are.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct Range {
-    /// The lower end.
-    low: Number,
-    /// The upper end.
-    high: Number,
-    /// How values are spread: `linear`, or `log` where the order of magnitude is what matters.
-    #[serde(default)]
-    scale: Scale,
-}
-
-/// How values are spread over a range.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-enum Scale {
-    /// Evenly.
-    #[default]
-    Linear,
-    /// Evenly in the logarithm.
-    Log,
 }
 
 /// Which values of the objective are better.
@@ -382,60 +334,14 @@ fn points(spec: &Spec, word: Span, problems: &mut Problems) -> Option<Vec<Map<St
         return Some(points);
     }
     if let Some(random) = &spec.random {
-        let mut points = Vec::new();
-        for trial in 0..random.trials {
-            let mut point = Map::new();
-            for (name, choice) in &random.params {
-                let unit = unit(random.seed, trial, name);
-                match drawn(choice, unit) {
-                    Some(value) => point.insert(name.clone(), value),
-                    None => {
-                        return refused(&format!(
-                            "param `{name}` cannot be drawn: give a list that is not empty, or `low` below `high`, above 0 for `log`"
-                        ));
-                    }
-                };
-            }
-            points.push(point);
-        }
-        return Some(points);
+        return match random.draw() {
+            Ok(points) => Some(points),
+            Err(name) => refused(&format!(
+                "param `{name}` cannot be drawn: give a list that is not empty, or `low` below `high`, above 0 for `log`"
+            )),
+        };
     }
     Some(spec.list.clone().unwrap_or_default())
-}
-
-/// A number in [0, 1) that belongs to one param of one trial.
-fn unit(seed: u64, trial: u32, name: &str) -> f64 {
-    const SCALE: f64 = (1_u64 << 53) as f64;
-    let digest = Digest::of(format!("tunesmith sweep {seed} {trial} {name}").as_bytes());
-    let bytes: [u8; 8] = digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes");
-    (u64::from_le_bytes(bytes) >> 11) as f64 / SCALE
-}
-
-fn drawn(choice: &Choice, unit: f64) -> Option<Json> {
-    let range = match choice {
-        Choice::List(values) => {
-            let position = (unit * values.len() as f64) as usize;
-            return values.get(position).cloned();
-        }
-        Choice::Range(range) => range,
-    };
-    let (low, high) = (range.low.as_f64()?, range.high.as_f64()?);
-    let is_whole = range.low.is_i64() && range.high.is_i64();
-    if low > high || (range.scale == Scale::Log && low <= 0.0) {
-        return None;
-    }
-    // A whole number stands for everything that rounds down to it.
-    let top = if is_whole { high + 1.0 } else { high };
-    let value = match range.scale {
-        Scale::Linear => low + unit * (top - low),
-        Scale::Log => (low.ln() + unit * (top.ln() - low.ln())).exp(),
-    };
-    if is_whole {
-        return Some(Json::from(value.floor().min(high) as i64));
-    }
-    // Three digits are enough to try, and can be read and repeated.
-    let rounded: f64 = format!("{value:.2e}").parse().ok()?;
-    Some(Json::from(rounded))
 }
 
 /// The params that are tried, in order, without the seed.

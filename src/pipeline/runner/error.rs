@@ -95,7 +95,11 @@ impl RunnerError {
             .map(|stage| (strsim::damerau_levenshtein(&stage.name, name), stage.name.as_str()))
             .min()
             .filter(|(distance, nearest)| *distance <= nearest.len().max(3) / 3);
+        let of_group = |stage: &&Stage| stage.group.as_deref() == Some(name);
+        let nodes: Vec<String> =
+            pipeline.stages.iter().filter(of_group).map(|stage| format!("`{}`", stage.name)).collect();
         let hint = match nearest {
+            _ if !nodes.is_empty() => format!("by its matrix it is {}", nodes.join(", ")),
             Some((_, nearest)) => format!("did you mean `{nearest}`?"),
             None => {
                 let names: Vec<String> =
