@@ -4,6 +4,7 @@
 
 mod bench;
 mod explain;
+mod faults;
 mod guards;
 mod harness;
 mod job;
