@@ -17,13 +17,15 @@ mod progress;
 mod run;
 mod runs;
 mod schema;
+mod sweep;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use tunesmith_pipeline::graph::Pipeline;
-use tunesmith_pipeline::manifest::{self, Overrides};
+use tunesmith_pipeline::manifest::{self, Loaded, ManifestErrors, Overrides};
 use tunesmith_pipeline::store::Store;
 
 use crate::stages::STAGES;
@@ -48,6 +50,8 @@ enum Command {
     Plan(plan::Options),
     /// Run what is not in the store yet
     Run(run::Options),
+    /// Run the trials of a sweep and compare them
+    Sweep(sweep::Options),
     /// Say why a stage would run again
     Explain(explain::Options),
     /// Draw the graph of stages
@@ -112,20 +116,31 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl ManifestArgs {
+    /// Loads the manifest, and shows nothing.
+    fn read(&self) -> Result<Loaded, ManifestErrors> {
+        manifest::load(&self.manifest, &self.params.overrides(), STAGES)
+    }
+
     /// Loads the manifest; what is wrong with it is shown here.
     fn load(&self, json: bool) -> Result<Pipeline, Failure> {
         load(&self.manifest, &self.params, json)
     }
 }
 
+impl ParamArgs {
+    /// Whether the params are those of the manifest.
+    fn is_empty(&self) -> bool {
+        self.profile.is_none() && self.set.is_empty() && self.params.is_empty()
+    }
+
+    fn overrides(&self) -> Overrides {
+        Overrides { profile: self.profile.clone(), set: self.set.clone(), params_files: self.params.clone() }
+    }
+}
+
 /// Loads a manifest; what is wrong with it is shown here.
 fn load(manifest: &Path, params: &ParamArgs, json: bool) -> Result<Pipeline, Failure> {
-    let overrides = Overrides {
-        profile: params.profile.clone(),
-        set: params.set.clone(),
-        params_files: params.params.clone(),
-    };
-    match manifest::load(manifest, &overrides, STAGES) {
+    match manifest::load(manifest, &params.overrides(), STAGES) {
         Ok(loaded) => {
             problems::show_warnings(&loaded.warnings);
             Ok(loaded.pipeline)
@@ -149,6 +164,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Check(options) => check::main(&options),
         Command::Plan(options) => store().and_then(|store| plan::main(&options, &store)),
         Command::Run(options) => store().and_then(|store| run::main(&options, &store)),
+        Command::Sweep(options) => store().and_then(|store| sweep::main(&options, &store)),
         Command::Explain(options) => store().and_then(|store| explain::main(&options, &store)),
         Command::Graph(options) => graph::main(&options),
         Command::Schema(options) => {

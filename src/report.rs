@@ -3,6 +3,7 @@
 
 pub(crate) mod chart;
 pub(crate) mod sections;
+pub(crate) mod sweep;
 
 use std::path::Path;
 
@@ -34,8 +35,12 @@ pub(crate) enum ReportError {
 
 /// The whole page.
 pub(crate) fn page(title: &str, shown: &[Shown<'_>]) -> Result<Markup, ReportError> {
-    let sections = sections::all(shown)?;
-    Ok(html! {
+    Ok(layout(title, &sections::all(shown)?))
+}
+
+/// A page of sections with what it needs in itself.
+fn layout(title: &str, sections: &[sections::Section]) -> Markup {
+    html! {
         (DOCTYPE)
         html lang="en" {
             head {
@@ -48,16 +53,16 @@ pub(crate) fn page(title: &str, shown: &[Shown<'_>]) -> Result<Markup, ReportErr
                 header {
                     h1 { (title) }
                     nav {
-                        @for section in &sections { a href={ "#" (section.anchor) } { (section.title) } }
+                        @for section in sections { a href={ "#" (section.anchor) } { (section.title) } }
                     }
                 }
                 main {
-                    @for section in &sections {
+                    @for section in sections {
                         section id=(section.anchor) { h2 { (section.title) } (section.body) }
                     }
                 }
                 footer { "Written by tunesmith " (env!("CARGO_PKG_VERSION")) ". Everything on this page is in this file." }
             }
         }
-    })
+    }
 }

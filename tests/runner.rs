@@ -192,6 +192,103 @@ fn two_runs_at_once_execute_a_stage_once() {
 }
 
 #[test]
+fn watch_runs_what_an_edit_touches_and_a_touch_is_no_edit() {
+    let chain = Chain::new();
+    let mut command = chain.project.command(&["run", "chain.yaml", "--watch", "--quiet"]);
+    command.env("LOG", chain.project.path("log")).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let result = || std::fs::read_to_string(chain.project.path("cache/out/chain/words/words.txt")).ok();
+    let until = |is_so: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !is_so() {
+            assert!(started.elapsed() < Duration::from_secs(30), "{:?}", result());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    until(&|| result().as_deref() == Some("one\n2\n"));
+    chain.project.write("notes/c.txt", "gamma\n");
+    until(&|| result().as_deref() == Some("one\n3\n"));
+    let note = std::fs::File::options().append(true).open(chain.project.path("notes/a.txt")).unwrap();
+    note.set_modified(std::time::SystemTime::now() + Duration::from_secs(60)).unwrap();
+    chain.project.write("chain.yaml", "stages: [");
+    std::thread::sleep(Duration::from_millis(600));
+    chain.project.write("chain.yaml", CHAIN.replace("word: one", "word: two"));
+    until(&|| result().as_deref() == Some("two\n3\n"));
+    assert_eq!((chain.executions("lines"), chain.executions("words")), (2, 3));
+    // SAFETY: kill(2) takes plain numbers; the process is this test's own child, not waited for yet.
+    unsafe { libc::kill(libc::pid_t::try_from(child.id()).unwrap(), libc::SIGINT) };
+    assert!(child.wait().unwrap().success(), "Ctrl-C is how a watch ends");
+}
+
+#[test]
+fn eight_runs_at_once_execute_each_of_many_stages_once() {
+    let stage = |n: u32| {
+        let needs = if n < 3 { String::new() } else { format!("needs: [s{}, s{}], ", n - 3, n - 2) };
+        format!(
+            "  s{n}: {{ uses: exec, {needs}with: {{ run: 'echo {n} >> \"$LOG\"; sleep 0.02; echo {n} > out', outputs: [out], env: {{ LOG: '${{env.LOG}}' }} }} }}\n"
+        )
+    };
+    let manifest = format!("stages:\n{}", (0..12).map(stage).collect::<String>());
+    let project = Project::new().file("log/.keep", "").file("m.yaml", &manifest);
+    let start = |_| {
+        let mut command = project.command(&["run", "m.yaml", "--jobs", "2", "--json"]);
+        command.env("LOG", project.path("log/all")).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let children: Vec<_> = (0..8).map(start).collect();
+    for child in children {
+        crate::harness::Ran::from(child.wait_with_output().unwrap()).success();
+    }
+    let mut ran: Vec<u32> = project.read("log/all").lines().map(|line| line.parse().unwrap()).collect();
+    ran.sort_unstable();
+    assert_eq!(ran, (0..12).collect::<Vec<_>>());
+    project.run(&["cache", "verify"]).success();
+}
+
+/// Half a minute of kills; `cargo test -- --ignored slow_` runs it.
+#[test]
+#[ignore = "takes half a minute"]
+fn slow_killed_at_two_hundred_moments_nothing_committed_is_lost() {
+    const MANIFEST: &str = r#"
+params: { round: 0 }
+stages:
+  a: { uses: exec, with: { run: "seq 3000 > out; echo ${params.round} >> out", outputs: [out] } }
+  b: { uses: exec, needs: a, with: { run: "tac a/out > out", outputs: [out] } }
+  c: { uses: exec, needs: b, with: { run: "wc -l < b/out > out; mkdir d; cp b/out d/copy", outputs: [out, d] } }
+  d: { uses: exec, with: { run: "echo beside > out", outputs: [out] } }
+"#;
+    let whole = Project::new().file("m.yaml", MANIFEST);
+    let project = Project::new().file("m.yaml", MANIFEST);
+    let actions = || project.json(&["cache", "stats", "--json"])["actions"].as_u64().unwrap();
+    let mut known = 0;
+    // A fixed sequence of moments between 0 and 60 ms, by Knuth's linear congruential generator.
+    let mut random = 7_u64;
+    for kill in 0..200_u32 {
+        let round = format!("round={}", kill / 10);
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let mut command = project.command(&["run", "m.yaml", "--set", &round]);
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let verified = project.run(&["cache", "verify", "--json"]).success().json();
+        assert_eq!(verified["corrupt"].as_array().unwrap().len(), 0, "{verified}");
+        let now = actions();
+        assert!(now >= known, "kill {kill}: {known} actions were committed, {now} are left");
+        known = now;
+        if kill % 10 == 9 {
+            let report = project.json(&["run", "m.yaml", "--json", "--set", &round]);
+            let expected = whole.json(&["run", "m.yaml", "--json", "--set", &round]);
+            for (name, path) in [("a", "out"), ("b", "out"), ("c", "d/copy"), ("d", "out")] {
+                assert_eq!(digest(&report, name, path), digest(&expected, name, path));
+            }
+            known = actions();
+        }
+    }
+    assert_eq!(std::fs::read_dir(project.path("cache/tmp")).unwrap().count(), 0);
+}
+
+#[test]
 fn independent_stages_run_side_by_side() {
     let project = Project::new().file(
         "m.yaml",

@@ -4,12 +4,18 @@
 
 mod bench;
 mod device;
+mod explain;
+mod faults;
 mod guards;
 mod harness;
 mod job;
 mod manifests;
 mod model;
 mod real_model;
+mod records;
+mod robust;
 mod runner;
+mod store;
+mod sweep;
 mod tidy;
 mod tiny_model;

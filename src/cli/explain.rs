@@ -22,7 +22,7 @@ pub(super) struct Options {
     json: bool,
 }
 
-/// Prints one line a reason.
+/// Prints one line a reason, and below a stage that waits why the stages before it run.
 pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     let pipeline = options.manifest.load(options.json)?;
     options.device.choose(&pipeline, Talk::Off, options.json)?;
@@ -35,6 +35,11 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     } else {
         for reason in &explanation.reasons {
             print::data(&format!("{}: {reason}", options.stage));
+        }
+        for cause in &explanation.causes {
+            for reason in &cause.reasons {
+                print::data(&format!("  {}: {reason}", cause.stage));
+            }
         }
     }
     Ok(())

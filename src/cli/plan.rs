@@ -40,13 +40,14 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     }
     let paint = Paint::stdout();
     for stage in &plan.stages {
-        let why = stage.reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        let reasons: Vec<String> = stage.reasons.iter().map(ToString::to_string).collect();
+        let why = if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
         let state = match stage.state {
             PlannedState::Cached => "cached ",
             PlannedState::Run => "run    ",
             PlannedState::Blocked => "blocked",
         };
-        print::data(format!("{} {:<14} {why}", paint.bold(state), stage.name).trim_end());
+        print::data(&format!("{} {}{why}", paint.bold(state), stage.name));
     }
     Ok(())
 }

@@ -86,7 +86,9 @@ pub(super) fn show_runner(error: &RunnerError, as_json: bool) -> Failure {
         print::note(render(error).trim_end());
     }
     match error {
-        RunnerError::UnknownStage { .. } | RunnerError::Source(_) => Failure::Usage,
+        RunnerError::UnknownStage { .. } | RunnerError::Source(_) | RunnerError::TooMuch { .. } => {
+            Failure::Usage
+        }
         RunnerError::Restless | RunnerError::Store(_) => Failure::Run,
     }
 }

@@ -136,7 +136,7 @@ impl Reporter for Progress {
                     .unwrap_or_default();
                 let why =
                     if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
-                self.talk(&format!("  {} {stage} ({kind}{before}){why}", paint.bold("running")));
+                self.talk(&format!("  {} {stage}{why} ({kind}{before})", paint.bold("running")));
                 self.start(stage);
             }
             RunEvent::StageWaiting { stage } => {

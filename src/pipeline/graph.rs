@@ -6,6 +6,7 @@ mod render;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use petgraph::algo::kosaraju_scc;
 use petgraph::graph::DiGraph;
@@ -41,16 +42,46 @@ pub struct Place {
 pub struct Stage {
     /// Its index.
     pub id: StageId,
-    /// Its name in the manifest.
+    /// Its name in the manifest; of a stage with a matrix `<name>-<axis>=<value>,…`.
     pub name: String,
+    /// For a node of a stage with a matrix, or of a sweep: the stage's name in the manifest.
+    pub group: Option<String>,
     /// What it does.
     pub kind: &'static dyn StageKind,
     /// Its inputs.
     pub needs: Vec<Need>,
     /// Its parameters, an object; defaults are not filled in.
     pub with: Value,
+    /// How it is run; no part of its key.
+    pub execution: Execution,
     /// Where each parameter was written, by dotted path; "" is the stage itself.
     pub places: BTreeMap<String, Place>,
+    /// The references each parameter was filled in from, by dotted path.
+    pub origins: BTreeMap<String, Origin>,
+}
+
+/// How a stage is run. Changes no result.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Execution {
+    /// Cores it takes; `None`: what its kind takes.
+    pub cpu: Option<u32>,
+    /// Memory it takes.
+    pub memory_bytes: Option<u64>,
+    /// GPUs it takes.
+    pub gpu: usize,
+    /// How long it may run.
+    pub timeout: Option<Duration>,
+    /// How often it is tried again after an error that may pass.
+    pub retries: u32,
+}
+
+/// What the value of a parameter was filled in from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// It is the value of one reference: `params.lr`.
+    Whole(String),
+    /// It is a text with references in it.
+    Inside(Vec<String>),
 }
 
 /// A manifest after includes, profile, overrides and interpolation, checked and in topological order.
@@ -88,6 +119,22 @@ impl Stage {
             path = path.rsplit_once('.').map_or("", |(outer, _)| outer);
             if path.is_empty() {
                 return self.places.get("");
+            }
+        }
+    }
+}
+
+impl Stage {
+    /// Where the value of the parameter at a dotted path was filled in from: `params.lr`.
+    pub fn origin(&self, path: &str) -> Option<String> {
+        let mut outer = path;
+        loop {
+            match self.origins.get(outer) {
+                Some(Origin::Whole(reference)) => {
+                    return Some(format!("{reference}{}", &path[outer.len()..]));
+                }
+                Some(Origin::Inside(references)) => return Some(references.join(", ")),
+                None => outer = outer.rsplit_once('.')?.0,
             }
         }
     }

@@ -14,13 +14,17 @@
 mod check;
 mod document;
 mod editor_schema;
+mod execution;
 mod include;
 mod interpolate;
+mod matrix;
 mod needs;
 mod node;
+mod origins;
 mod params;
 mod problem;
 mod source;
+mod sweep;
 mod toml;
 mod yaml;
 
@@ -30,12 +34,16 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 pub use crate::manifest::editor_schema::json_schema;
+pub use crate::manifest::execution::{duration, memory_bytes};
+pub(crate) use crate::manifest::matrix::label;
 pub(crate) use crate::manifest::problem::suggestion;
 pub use crate::manifest::problem::{ManifestErrors, ManifestProblem};
+pub use crate::manifest::sweep::{Direction, LoadedSweep, Trial, load_sweep};
 
-use crate::graph::{self, Need, Pipeline, Place, Stage, StageId};
-use crate::manifest::document::{Document, StageDraft};
+use crate::graph::{self, Execution, Need, Pipeline, Place, Stage, StageId};
+use crate::manifest::document::{Document, Entries, StageDraft};
 use crate::manifest::interpolate::Resolver;
+use crate::manifest::matrix::{Combination, Expansion, NodeNeed};
 use crate::manifest::needs::{Edge, StageNames};
 use crate::manifest::node::{Node, Value};
 use crate::manifest::problem::{Problem, Problems, quoted};
@@ -98,19 +106,54 @@ fn read(
     }
     params::apply(&mut document, overrides, sources, problems);
 
-    let mut resolver = Resolver::new(&document.params, sources, problems);
-    let resolved: Vec<Node> =
-        document.stages.iter().map(|draft| resolved_with(draft, &mut resolver)).collect();
+    let pipeline = build(path, &document, &document.params, Unused::Told, kinds, sources, problems)?;
+    sweep::check_sweep(&document, &pipeline, sources, problems);
+    Some(pipeline)
+}
+
+/// What is done about params that no stage reads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unused {
+    /// A warning.
+    Told,
+    /// Nothing.
+    Ignored,
+}
+
+/// The pipeline that a document stands for with these params.
+fn build(
+    path: &Path,
+    document: &Document,
+    params: &Entries,
+    unused: Unused,
+    kinds: &[&'static dyn StageKind],
+    sources: &Sources,
+    problems: &mut Problems,
+) -> Option<Pipeline> {
+    let mut resolver = Resolver::new(params, sources, problems);
+    let drafts = document.stages.as_slice();
+    let mut room = matrix::NODES_MAX;
+    let combinations: Vec<Vec<Combination>> =
+        drafts.iter().map(|draft| matrix::combinations(draft, &mut resolver, &mut room)).collect();
+    let resolved: Vec<Vec<Node>> = drafts
+        .iter()
+        .zip(&combinations)
+        .map(|(draft, all)| all.iter().map(|one| resolved_with(draft, one, &mut resolver)).collect())
+        .collect();
+    let executions: Vec<Node> =
+        drafts.iter().map(|draft| resolver.resolve(&execution::words(draft))).collect();
     let used = resolver.used().clone();
-    let params = resolver.all_params();
-    for (index, (key, _)) in document.params.iter().enumerate() {
-        if !used.contains(&index) && key.span.file == FileId::ROOT {
+    let all_params = resolver.all_params();
+    for (index, (key, _)) in params.iter().enumerate() {
+        if unused == Unused::Told && !used.contains(&index) && key.span.file == FileId::ROOT {
             let message = format!("param {} is not used by any stage", quoted(&key.text));
             problems.push(Problem::warning("manifest::unused_param", key.span, message));
         }
     }
-    let checked = Checked::new(&document, resolved, kinds, sources, problems);
+    let checked = Checked::new(document, combinations, resolved, kinds, sources, problems);
     let order = checked.order(problems)?;
+    let executions = read_executions(drafts, &executions, problems);
+    let stages = checked.into_stages(&order, &executions, sources, problems);
     if problems.has_errors() {
         return None;
     }
@@ -121,9 +164,20 @@ fn read(
             Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
             _ => PathBuf::from("."),
         },
-        params,
-        stages: checked.into_stages(&order, sources),
+        params: all_params,
+        stages,
     })
+}
+
+/// How each stage is run.
+fn read_executions(drafts: &[StageDraft], words: &[Node], problems: &mut Problems) -> Vec<Execution> {
+    let read = |(draft, words): (&StageDraft, &Node)| {
+        execution::read(draft, words).unwrap_or_else(|found| {
+            found.into_iter().for_each(|problem| problems.push(problem.stage(&draft.name.text)));
+            Execution::default()
+        })
+    };
+    drafts.iter().zip(words).map(read).collect()
 }
 
 /// The file's stem, with everything that no name may hold replaced.
@@ -134,10 +188,10 @@ fn name_of(path: &Path) -> String {
     if name.is_empty() { "pipeline".to_owned() } else { name }
 }
 
-/// `with`, filled in; an empty map where there is none.
-fn resolved_with(draft: &StageDraft, resolver: &mut Resolver<'_>) -> Node {
+/// `with`, filled in for one combination; an empty map where there is none.
+fn resolved_with(draft: &StageDraft, combination: &Combination, resolver: &mut Resolver<'_>) -> Node {
     match &draft.with {
-        Some((_, node)) => resolver.resolve(node),
+        Some((_, node)) => resolver.resolve_in(combination, node),
         None => Node::new(Value::Map(Vec::new()), draft.name.span),
     }
 }
@@ -145,7 +199,9 @@ fn resolved_with(draft: &StageDraft, resolver: &mut Resolver<'_>) -> Node {
 /// Stages held against their kinds, in the order of the manifest.
 struct Checked<'a> {
     drafts: &'a [StageDraft],
-    withs: Vec<Node>,
+    combinations: Vec<Vec<Combination>>,
+    /// By stage and combination.
+    withs: Vec<Vec<Node>>,
     kinds: Vec<Option<&'static dyn StageKind>>,
     edges: Vec<Vec<Edge>>,
 }
@@ -153,7 +209,8 @@ struct Checked<'a> {
 impl<'a> Checked<'a> {
     fn new(
         document: &'a Document,
-        withs: Vec<Node>,
+        combinations: Vec<Vec<Combination>>,
+        withs: Vec<Vec<Node>>,
         kinds: &[&'static dyn StageKind],
         sources: &Sources,
         problems: &mut Problems,
@@ -163,14 +220,16 @@ impl<'a> Checked<'a> {
         let index = ordered.iter().enumerate().map(|(index, name)| (*name, index)).collect();
         let names = StageNames { ordered, index };
         let mut schemas = HashMap::new();
-        let mut checked = Self { drafts, withs, kinds: Vec::new(), edges: Vec::new() };
-        for (draft, with) in drafts.iter().zip(&checked.withs) {
+        let mut checked = Self { drafts, combinations, withs, kinds: Vec::new(), edges: Vec::new() };
+        for (draft, withs) in drafts.iter().zip(&checked.withs) {
             let kind = kind_of(draft, kinds, problems);
             checked.edges.push(needs::resolve(draft, kind, &names, problems));
             checked.kinds.push(kind);
             if let Some(kind) = kind {
                 let schema = schemas.entry(kind.name()).or_insert_with(|| kind.schema().to_value());
-                check_with(draft, with, kind, schema, sources, problems);
+                // What is wrong with one combination is mostly wrong with all.
+                let _found =
+                    withs.iter().find(|with| !check_with(draft, with, kind, schema, sources, problems));
             }
         }
         checked
@@ -204,28 +263,46 @@ impl<'a> Checked<'a> {
         None
     }
 
-    /// The stages in `order`; only after everything was found right.
-    fn into_stages(self, order: &[usize], sources: &Sources) -> Vec<Stage> {
-        let mut ids = vec![StageId(0); order.len()];
-        for (position, &index) in order.iter().enumerate() {
-            ids[index] = StageId(u32::try_from(position).expect("the size of a manifest is limited"));
-        }
-        let stage = |&index: &usize| {
-            let draft = &self.drafts[index];
-            let edges = &self.edges[index];
-            Stage {
-                id: ids[index],
-                name: draft.name.text.clone(),
-                kind: self.kinds[index].expect("an unknown kind is an error"),
-                needs: edges
-                    .iter()
-                    .map(|edge| Need { slot: edge.slot.clone(), stage: ids[edge.stage] })
-                    .collect(),
-                with: self.withs[index].to_json(),
-                places: places(draft, edges, &self.withs[index], sources),
+    /// The nodes of the stages in `order`. A stage whose kind is unknown, which has been told, is left out.
+    fn into_stages(
+        self,
+        order: &[usize],
+        executions: &[Execution],
+        sources: &Sources,
+        problems: &mut Problems,
+    ) -> Vec<Stage> {
+        let nodes =
+            order.iter().flat_map(|&draft| (0..self.combinations[draft].len()).map(move |n| (draft, n)));
+        let ids: HashMap<(usize, usize), StageId> = nodes.zip((0..).map(StageId)).collect();
+        let expansion =
+            Expansion { drafts: self.drafts, kinds: &self.kinds, combinations: &self.combinations };
+        let mut stages = Vec::with_capacity(ids.len());
+        for &draft in order {
+            let (written, edges) = (&self.drafts[draft], &self.edges[draft]);
+            let names = matrix::names(&written.name.text, &self.combinations[draft]);
+            let needs = expansion.needs(draft, edges, problems);
+            let Some(kind) = self.kinds[draft] else { continue };
+            for (position, (name, needs)) in names.into_iter().zip(needs).enumerate() {
+                let with = &self.withs[draft][position];
+                let need = |need: NodeNeed| Need { slot: need.slot, stage: ids[&need.node] };
+                stages.push(Stage {
+                    id: ids[&(draft, position)],
+                    group: (name != written.name.text).then(|| written.name.text.clone()),
+                    name,
+                    kind,
+                    needs: needs.into_iter().map(need).collect(),
+                    with: with.to_json(),
+                    execution: executions[draft].clone(),
+                    places: places(written, edges, with, sources),
+                    origins: written
+                        .with
+                        .as_ref()
+                        .map(|(_, with)| origins::origins(with))
+                        .unwrap_or_default(),
+                });
             }
-        };
-        order.iter().map(stage).collect()
+        }
+        stages
     }
 }
 
@@ -248,7 +325,7 @@ fn kind_of(
     None
 }
 
-/// Holds `with` against the schema, and, if it fits, against what the kind itself checks.
+/// Holds `with` against the schema, and, if it fits, against what the kind itself checks. True if all fits.
 fn check_with(
     draft: &StageDraft,
     with: &Node,
@@ -256,9 +333,9 @@ fn check_with(
     schema: &Json,
     sources: &Sources,
     problems: &mut Problems,
-) {
+) -> bool {
     if problems.is_full() || with.value == Value::Broken {
-        return;
+        return false;
     }
     let at = draft.with.as_ref().map_or(draft.name.span, |(word, _)| *word);
     let mut found = match &with.value {
@@ -281,6 +358,7 @@ fn check_with(
             })
             .collect();
     }
+    let fits = found.is_empty();
     for mut problem in found {
         let written = sources.slice(problem.span).trim_matches(['"', '\'']);
         if problem.hint.is_none() && written.contains("${") {
@@ -288,6 +366,7 @@ fn check_with(
         }
         problems.push(problem.stage(&draft.name.text));
     }
+    fits
 }
 
 fn is_broken(node: &Node) -> bool {

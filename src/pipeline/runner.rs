@@ -18,14 +18,15 @@ use serde::Serialize;
 
 use crate::digest::Digest;
 use crate::events::{Reporter, RunEvent};
-use crate::graph::{Pipeline, StageId};
+use crate::graph::{Pipeline, Stage, StageId};
 use crate::key::Reason;
 use crate::runs::Recorder;
-use crate::scheduler::{Limits, schedule};
-use crate::store::Store;
+use crate::scheduler::{Limits, Machine, schedule};
+use crate::store::{Remote, Store};
 
 mod action;
 mod assess;
+mod demand;
 mod driver;
 mod error;
 mod report;
@@ -57,12 +58,18 @@ pub struct RunOptions {
     pub threads: usize,
     /// After a failure, still run what does not need the failed stage.
     pub keep_going: bool,
+    /// Run stages whose result stands once more and compare: what differs is an error, and the result stays.
+    pub verify: bool,
     /// Where results are put, `<out>/<stage>/`; else `out/<pipeline>/<stage>/` in the store.
     pub out: Option<PathBuf>,
+    /// What the running stages may take together.
+    pub machine: Machine,
+    /// Where a result that is not in the store is looked for before its stage runs.
+    pub remote: Option<Remote>,
 }
 
 impl Default for RunOptions {
-    /// All stages, as many jobs and threads as the machine has cores.
+    /// All stages, as many jobs and threads as the machine has cores, any memory, no GPU.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
@@ -71,7 +78,14 @@ impl Default for RunOptions {
             jobs: cores,
             threads: cores,
             keep_going: false,
+            verify: false,
             out: None,
+            remote: None,
+            machine: Machine {
+                cpu: u32::try_from(cores).unwrap_or(u32::MAX),
+                memory_bytes: u64::MAX,
+                gpus: Vec::new(),
+            },
         }
     }
 }
@@ -123,6 +137,17 @@ pub struct Explanation {
     pub reasons: Vec<Reason>,
     /// What would happen.
     pub state: PlannedState,
+    /// The stages before it, direct or not, that have to run themselves: why a blocked stage waits.
+    pub causes: Vec<Cause>,
+}
+
+/// A stage that runs, and why.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Cause {
+    /// Its name.
+    pub stage: String,
+    /// Why it runs.
+    pub reasons: Vec<Reason>,
 }
 
 /// Says what would run and why. Hashes sources, runs nothing.
@@ -142,7 +167,13 @@ pub fn explain(pipeline: &Pipeline, store: &Store, stage: &str) -> Result<Explan
     let assessment = Assessment::make(pipeline, store, &selected, &forced, Taking::Digests)?;
     let PlannedStage { name, key, state, reasons, .. } = planned(pipeline, &assessment, id);
     let previous_key = assessment.latest.get(stage).map(|latest| latest.key);
-    Ok(Explanation { stage: name, key, previous_key, reasons, state })
+    let causes = selected.iter().filter(|other| **other != id).map(|other| &assessment.nodes[other].finding);
+    let names = selected.iter().filter(|other| **other != id).map(|other| &pipeline.stage(*other).name);
+    let causes = names.zip(causes).filter_map(|(name, finding)| match finding {
+        Finding::Run { reasons, .. } => Some(Cause { stage: name.clone(), reasons: reasons.clone() }),
+        Finding::Cached(_) | Finding::Blocked { .. } => None,
+    });
+    Ok(Explanation { stage: name, key, previous_key, reasons, state, causes: causes.collect() })
 }
 
 /// Runs what does not stand in the store yet.
@@ -157,6 +188,8 @@ pub fn run(
     cancelled: &AtomicBool,
 ) -> Result<RunReport, RunnerError> {
     let (selected, forced) = selection(pipeline, options)?;
+    let forced = if options.verify { selected.clone() } else { forced };
+    demand::check(pipeline, &selected, &options.machine)?;
     let assessment = snapshot(pipeline, store, &selected, &forced)?;
     let recorder = Recorder::begin(pipeline, store, reporter)?;
     recorder.report(&RunEvent::RunStarted { run: recorder.id.clone(), stages: selected.len() });
@@ -168,9 +201,10 @@ pub fn run(
             (*stage, pipeline.stages[stage.0 as usize].needs.iter().map(|need| need.stage).collect())
         })
         .collect();
-    let limits = Limits { jobs: options.jobs, keep_going: options.keep_going };
+    let limits =
+        Limits { jobs: options.jobs, keep_going: options.keep_going, machine: options.machine.clone() };
     let mut driver = Driver::new(&shared, assessment, forced);
-    schedule(&tasks, limits, cancelled, &mut driver, &|job| action::run(&shared, &job));
+    schedule(&tasks, limits, cancelled, &mut driver, &|job, gpus| action::run(&shared, &job, gpus));
     let mut report = driver.report(&selected);
 
     let ended = shared.close().and_then(|()| recorder.end(&report, report.seconds));
@@ -217,7 +251,16 @@ fn selection(
     options: &RunOptions,
 ) -> Result<(BTreeSet<StageId>, BTreeSet<StageId>), RunnerError> {
     let ids = |names: &[String]| -> Result<Vec<StageId>, RunnerError> {
-        names.iter().map(|name| stage_id(pipeline, name)).collect()
+        let mut ids = Vec::new();
+        for name in names {
+            let of_group = |stage: &&Stage| stage.group.as_ref() == Some(name);
+            let group: Vec<StageId> = pipeline.stages.iter().filter(of_group).map(|stage| stage.id).collect();
+            if group.is_empty() {
+                ids.push(stage_id(pipeline, name)?);
+            }
+            ids.extend(group);
+        }
+        Ok(ids)
     };
     let forced: BTreeSet<StageId> = ids(&options.force)?.into_iter().collect();
     let mut open = ids(&options.targets)?;

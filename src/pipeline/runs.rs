@@ -17,6 +17,11 @@ use crate::graph::Pipeline;
 use crate::runner::RunReport;
 use crate::store::{Store, StoreError, folder_name};
 
+mod diff;
+mod export;
+
+pub use diff::{MetricChange, RunDiff, StageChange, StageDiff};
+
 /// One run, as the list shows it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunSummary {
@@ -32,6 +37,8 @@ pub struct RunSummary {
     pub seconds: Option<f64>,
     /// How it ended.
     pub ok: Option<bool>,
+    /// Whether its results are kept from `cache gc`.
+    pub pinned: bool,
 }
 
 /// One run with all its stages.
@@ -62,7 +69,7 @@ impl<'s> Runs<'s> {
 
     /// All runs, newest first; of one pipeline if `pipeline` names it.
     pub fn list(&self, pipeline: Option<&str>) -> Result<Vec<RunSummary>, StoreError> {
-        Ok(self.store.index().with(|connection| {
+        let mut list: Vec<RunSummary> = self.store.index().with(|connection| {
             connection
                 .prepare_cached(
                     "SELECT id, pipeline, manifest, started, seconds, ok FROM runs
@@ -70,7 +77,11 @@ impl<'s> Runs<'s> {
                 )?
                 .query_map([pipeline], summary_at)?
                 .collect()
-        })?)
+        })?;
+        for run in &mut list {
+            run.pinned = self.store.is_pinned(&run.run);
+        }
+        Ok(list)
     }
 
     /// One run by its id, or by the beginning of its id if only one run starts so.
@@ -104,6 +115,7 @@ fn summary_at(row: &Row<'_>) -> rusqlite::Result<RunSummary> {
         started: row.get(3)?,
         seconds: row.get(4)?,
         ok: row.get(5)?,
+        pinned: false,
     })
 }
 

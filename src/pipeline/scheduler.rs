@@ -8,8 +8,8 @@
 //!    └────────────────────────┴─────── an input must be made again ◄─────────┘
 //! ```
 //!
-//! At most `jobs` stages run at once, and of those at most one heavy one; light ones run beside it. All
-//! decisions are made on the calling thread, in the order of the stages' ids.
+//! At most `jobs` stages run at once, and together they demand no more cores, memory and GPUs than there
+//! are; GPUs are lent by id. All decisions are made on the calling thread, in the order of the stages' ids.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +18,6 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
 
 use crate::graph::StageId;
-use crate::stage::Cost;
 
 /// Stack of a worker thread; parsers recurse.
 const STACK_BYTES: usize = 16 << 20;
@@ -44,12 +43,56 @@ pub enum State {
 }
 
 /// How much may run at once.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub struct Limits {
     /// Stages at once; at least one.
     pub jobs: usize,
     /// Whether stages that do not need a failed one still run.
     pub keep_going: bool,
+    /// What the running stages may take together.
+    pub machine: Machine,
+}
+
+/// What there is to be shared.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Machine {
+    /// Cores.
+    pub cpu: u32,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Ids of GPUs, as `CUDA_VISIBLE_DEVICES` takes them.
+    pub gpus: Vec<String>,
+}
+
+/// What one stage takes while it runs; never more than there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Cores.
+    pub cpu: u32,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// How many GPUs.
+    pub gpu: usize,
+}
+
+impl Machine {
+    fn has(&self, demand: Demand) -> bool {
+        demand.cpu <= self.cpu && demand.memory_bytes <= self.memory_bytes && demand.gpu <= self.gpus.len()
+    }
+
+    /// Takes a demand out; gives the GPUs lent, the first of those that are free.
+    fn take(&mut self, demand: Demand) -> Vec<String> {
+        self.cpu -= demand.cpu;
+        self.memory_bytes -= demand.memory_bytes;
+        self.gpus.drain(..demand.gpu).collect()
+    }
+
+    fn give_back(&mut self, demand: Demand, gpus: Vec<String>, order: &[String]) {
+        self.cpu += demand.cpu;
+        self.memory_bytes += demand.memory_bytes;
+        self.gpus.extend(gpus);
+        self.gpus.sort_by_key(|gpu| order.iter().position(|other| other == gpu));
+    }
 }
 
 /// What has to happen for a stage whose needs are settled.
@@ -57,7 +100,7 @@ pub enum Verdict<Job> {
     /// Nothing: its result stands.
     Settled,
     /// This job has to run.
-    Start(Job, Cost),
+    Start(Job, Demand),
     /// It cannot run; the work has reported why.
     Failed,
 }
@@ -94,23 +137,26 @@ pub trait Work {
     fn remade_too_often(&mut self, stage: StageId);
 }
 
+/// Runs a job with the GPUs lent to it.
+pub type Run<'r, W> = dyn Fn(<W as Work>::Job, &[String]) -> <W as Work>::Done + Sync + 'r;
+
 /// Settles `tasks`, each a stage with the stages it needs (all of them among the tasks, and listed before
-/// it). `run` is called on worker threads. Returns where each stage ended: settled, failed or skipped.
+/// it). `run` is called on worker threads with the job and the GPUs lent to it. Returns where each stage ended: settled, failed or skipped.
 pub fn schedule<W: Work>(
     tasks: &[(StageId, Vec<StageId>)],
     limits: Limits,
     cancelled: &AtomicBool,
     work: &mut W,
-    run: &(dyn Fn(W::Job) -> W::Done + Sync),
+    run: &Run<'_, W>,
 ) -> BTreeMap<StageId, State> {
     std::thread::scope(|scope| {
         let mut board = Board::new(tasks, limits, cancelled);
         let (sender, receiver) = channel();
         loop {
             board.resolve_all(work);
-            while let Some((stage, job)) = board.next_job() {
+            while let Some((stage, job, gpus)) = board.next_job() {
                 let sender = sender.clone();
-                let worker = move || bring_back(stage, job, run, &sender);
+                let worker = move || bring_back(stage, || run(job, &gpus), &sender);
                 if let Err(error) = Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, worker) {
                     let message = format!("no thread to run it on: {error}");
                     board.settle(stage, Err(message), work);
@@ -130,14 +176,9 @@ pub fn schedule<W: Work>(
     })
 }
 
-fn bring_back<J, D>(
-    stage: StageId,
-    job: J,
-    run: &(dyn Fn(J) -> D + Sync),
-    sender: &Sender<(StageId, Result<D, String>)>,
-) {
+fn bring_back<D>(stage: StageId, run: impl FnOnce() -> D, sender: &Sender<(StageId, Result<D, String>)>) {
     // What a panicking stage leaves behind is its scratch folder, which nobody reads.
-    let done = catch_unwind(AssertUnwindSafe(|| run(job))).map_err(|panic| {
+    let done = catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
     });
@@ -153,9 +194,12 @@ struct Board<'a, Job> {
     /// Waiting stages whose needs are settled.
     to_resolve: BTreeSet<StageId>,
     /// Jobs of the ready stages.
-    ready: BTreeMap<StageId, (Job, Cost)>,
+    ready: BTreeMap<StageId, (Job, Demand)>,
     running: usize,
-    heavy: Option<StageId>,
+    /// What is not lent.
+    free: Machine,
+    /// What running stages have.
+    lent: BTreeMap<StageId, (Demand, Vec<String>)>,
     failed: bool,
 }
 
@@ -181,12 +225,13 @@ impl<'a, Job> Board<'a, Job> {
             tasks.iter().filter(|(_, needs)| needs.is_empty()).map(|(stage, _)| *stage).collect();
         Self {
             tasks: by_id,
+            free: limits.machine.clone(),
+            lent: BTreeMap::new(),
             limits,
             cancelled,
             to_resolve,
             ready: BTreeMap::new(),
             running: 0,
-            heavy: None,
             failed: false,
         }
     }
@@ -246,28 +291,26 @@ impl<'a, Job> Board<'a, Job> {
             match work.resolve(stage) {
                 Verdict::Settled => self.set(stage, State::Settled),
                 Verdict::Failed => self.set(stage, State::Failed),
-                Verdict::Start(job, cost) => {
+                Verdict::Start(job, demand) => {
                     self.set(stage, State::Ready);
-                    self.ready.insert(stage, (job, cost));
+                    self.ready.insert(stage, (job, demand));
                 }
             }
         }
     }
 
-    /// The next job that may start now.
-    fn next_job(&mut self) -> Option<(StageId, Job)> {
+    /// The next job that may start now, and the GPUs it is lent.
+    fn next_job(&mut self) -> Option<(StageId, Job, Vec<String>)> {
         if self.stopping() || self.running >= self.limits.jobs.max(1) {
             return None;
         }
-        let fits = |cost: Cost| cost == Cost::Light || self.heavy.is_none();
-        let stage = *self.ready.iter().find(|(_, (_, cost))| fits(*cost))?.0;
-        let (job, cost) = self.ready.remove(&stage)?;
+        let stage = *self.ready.iter().find(|(_, (_, demand))| self.free.has(*demand))?.0;
+        let (job, demand) = self.ready.remove(&stage)?;
         self.set(stage, State::Running);
         self.running += 1;
-        if cost == Cost::Heavy {
-            self.heavy = Some(stage);
-        }
-        Some((stage, job))
+        let gpus = self.free.take(demand);
+        self.lent.insert(stage, (demand, gpus.clone()));
+        Some((stage, job, gpus))
     }
 
     fn is_idle(&self) -> bool {
@@ -276,7 +319,8 @@ impl<'a, Job> Board<'a, Job> {
 
     fn settle<W: Work<Job = Job>>(&mut self, stage: StageId, done: Result<W::Done, String>, work: &mut W) {
         self.running -= 1;
-        self.heavy = self.heavy.filter(|heavy| *heavy != stage);
+        let (demand, gpus) = self.lent.remove(&stage).expect("BUG: a job ends that was not started");
+        self.free.give_back(demand, gpus, &self.limits.machine.gpus);
         match work.settle(stage, done) {
             Settlement::Settled { changed } => {
                 self.set(stage, State::Settled);

@@ -299,6 +299,8 @@ pub struct StageContext<'a> {
     pub manifest_dir: &'a Path,
     /// Threads a heavy stage may use. Never changes a result.
     pub threads: usize,
+    /// The GPUs lent to the stage, as `CUDA_VISIBLE_DEVICES` takes them.
+    pub gpus: &'a [String],
     /// The services of the runner.
     pub services: &'a dyn Services,
 }

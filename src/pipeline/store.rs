@@ -26,21 +26,27 @@ use crate::stat_index::StatIndex;
 
 mod actions;
 mod audit;
+mod gc;
 pub(crate) mod index;
 mod objects;
 mod publish;
+mod remote;
 mod scratch;
 mod tree;
+mod usage;
 
 pub use actions::{ActionRecord, Latest};
 pub use audit::{StoreStats, Verification};
+pub use gc::{GcPolicy, GcReport};
 pub use index::IndexError;
 pub use objects::{Flush, Placed};
+pub use remote::{Remote, Transfer};
 pub use tree::{tree_decode, tree_digest, tree_encode};
 
 use index::Index;
 use scratch::Scratch;
 pub(crate) use scratch::ScratchFolder;
+use usage::Usage;
 
 /// Version of the on-disk format.
 const FORMAT: u32 = 1;
@@ -77,6 +83,12 @@ pub enum StoreError {
         /// What its `format` file says.
         found: String,
     },
+    /// Another process uses the store.
+    #[error("store `{}` is in use by another tunesmith", path.display())]
+    InUse {
+        /// The store.
+        path: PathBuf,
+    },
     /// Something that cannot become an object or a path in an artifact.
     #[error("`{}` {problem}", path.display())]
     Unfit {
@@ -97,6 +109,7 @@ impl StoreError {
             Self::Index(_) => "store::index",
             Self::Damaged { .. } => "store::damaged",
             Self::Unfit { .. } => "store::unfit",
+            Self::InUse { .. } => "store::in_use",
         }
     }
 
@@ -118,6 +131,7 @@ impl StoreError {
             Self::Index(_) => Some(
                 "if the index is broken, move `index.sqlite*` aside: it is made anew, without row memo and history",
             ),
+            Self::InUse { .. } => Some("wait until it is done; nothing was removed"),
             Self::Damaged { .. } => Some("run again: the stage that made it makes it again"),
             Self::Io(_) | Self::Unfit { .. } => None,
         }
@@ -157,6 +171,7 @@ pub struct Store {
     index: Arc<Index>,
     files: StatIndex,
     scratch: Scratch,
+    usage: Usage,
 }
 
 impl Store {
@@ -168,11 +183,12 @@ impl Store {
         for folder in FOLDERS {
             create_dir(&root.join(folder))?;
         }
+        let usage = Usage::begin(&root)?;
         write_absent(&root.join("CACHEDIR.TAG"), CACHEDIR_TAG)?;
         write_absent(&root.join(".gitignore"), "*\n")?;
         let index = Arc::new(Index::open(&root)?);
         let scratch = Scratch::open(&root)?;
-        Ok(Self { files: StatIndex::new(index.clone()), index, scratch, root })
+        Ok(Self { files: StatIndex::new(index.clone()), index, scratch, usage, root })
     }
 
     /// The folder of the store, absolute.

@@ -4,10 +4,11 @@
 //! Writes: exactly the declared `outputs`, which become the artifact.
 //!
 //! The command runs with `sh -c` in a fresh folder that holds nothing but the inputs, at the same relative
-//! paths, and each need as a read-only folder under its name. Its environment is an allow-list. Bump
-//! `VERSION` when any of this changes.
+//! paths, and each need as a read-only folder under its name. What it leaves there beside its outputs is an
+//! error; `TMPDIR` is a folder of its own for what nobody needs. Its environment is an allow-list. Exit code
+//! 75 (`EX_TEMPFAIL` of sysexits.h) says that trying again may help. Bump `VERSION` when any of this changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Component, Path, PathBuf};
@@ -21,9 +22,13 @@ use tunesmith_pipeline::stage::{
     Arity, EmptySource, InputSlot, ParamProblem, SourceSpec, StageContext, StageError, StageKind,
 };
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Variables of the caller that the command sees.
-const ENVIRONMENT: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "USER"];
+const ENVIRONMENT: [&str; 5] = ["PATH", "HOME", "LANG", "LC_ALL", "USER"];
+/// `EX_TEMPFAIL` of sysexits.h: a failure that may pass.
+const TRY_AGAIN: i32 = 75;
+/// Undeclared files that an error names.
+const UNDECLARED_SHOWN_MAX: usize = 5;
 
 /// The `exec` kind.
 pub(crate) struct Exec;
@@ -42,7 +47,32 @@ struct Params {
     outputs: Vec<String>,
     /// Extra environment variables.
     #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Variable>,
+    /// One of the outputs: a JSON object whose numbers, texts and booleans become the stage's metrics. Objects inside
+    /// it give dotted names.
+    metrics: Option<String>,
+}
+
+/// Value of an environment variable.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum Variable {
+    /// A text.
+    Text(String),
+    /// A number, as it is written in JSON.
+    Number(serde_json::Number),
+    /// `true` or `false`.
+    Bool(bool),
+}
+
+impl Variable {
+    fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Number(number) => number.to_string(),
+            Self::Bool(value) => value.to_string(),
+        }
+    }
 }
 
 impl StageKind for Exec {
@@ -95,6 +125,15 @@ impl StageKind for Exec {
                 }
             }
         }
+        let is_output =
+            |path: &String| params.outputs.iter().any(|output| Path::new(path).starts_with(output));
+        if let Some(path) = params.metrics.as_ref().filter(|path| !is_output(path)) {
+            problems.push(ParamProblem {
+                path: "metrics".to_owned(),
+                message: format!("`{path}` is none of the outputs"),
+                hint: Some("add it to `outputs`".to_owned()),
+            });
+        }
         for (index, input) in params.inputs.iter().enumerate() {
             if !stays_inside(Path::new(input)) {
                 problems.push(ParamProblem {
@@ -125,9 +164,10 @@ impl StageKind for Exec {
 
     fn run(&self, context: &StageContext<'_>) -> Result<(), StageError> {
         let params: Params = context.params()?;
-        let folder = tempfile::tempdir_in(context.out.parent().unwrap_or(context.out))?;
+        let scratch = context.out.parent().unwrap_or(context.out);
+        let (folder, temporary) = (tempfile::tempdir_in(scratch)?, tempfile::tempdir_in(scratch)?);
         lay_out(context, folder.path())?;
-        let child = start(&params, folder.path())?;
+        let child = start(context, &params, folder.path(), temporary.path())?;
         let status = follow(context, child)?;
         if !status.success() {
             let ended = match (status.code(), status.signal()) {
@@ -135,11 +175,35 @@ impl StageKind for Exec {
                 (None, Some(signal)) => format!("signal {signal}"),
                 (None, None) => "an unknown status".to_owned(),
             };
-            return Err(StageError::new("exec::failed", format!("the command ended with {ended}"))
-                .hint("its output stands above and in the stage's log"));
+            let error = StageError::new("exec::failed", format!("the command ended with {ended}"))
+                .hint("its output stands above and in the stage's log");
+            return Err(if status.code() == Some(TRY_AGAIN) { error.transient() } else { error });
         }
-        collect(&params.outputs, folder.path(), context.out)
+        collect(&params.outputs, folder.path(), context.out)?;
+        refuse_undeclared(context, folder.path())?;
+        params.metrics.map_or(Ok(()), |path| report_metrics(context, &path))
     }
+}
+
+/// Reports what stands in the output `path` as metrics.
+fn report_metrics(context: &StageContext<'_>, path: &str) -> Result<(), StageError> {
+    let bytes = fs_err::read(context.out.join(path))?;
+    let refused = || {
+        StageError::new("exec::metrics", format!("`{path}` is not a JSON object"))
+            .hint("write `{\"name\": 0.5}`; what `metrics` names has to be such a file")
+    };
+    let Ok(Value::Object(metrics)) = serde_json::from_slice(&bytes) else { return Err(refused()) };
+    let mut open: Vec<(String, Value)> = metrics.into_iter().collect();
+    while let Some((name, value)) = open.pop() {
+        match value {
+            Value::Object(inner) => {
+                open.extend(inner.into_iter().map(|(key, value)| (format!("{name}.{key}"), value)));
+            }
+            Value::Null | Value::Array(_) => {}
+            single => context.metric(&name, single),
+        }
+    }
+    Ok(())
 }
 
 fn stays_inside(path: &Path) -> bool {
@@ -171,7 +235,12 @@ fn lay_out(context: &StageContext<'_>, folder: &Path) -> Result<(), StageError> 
     Ok(())
 }
 
-fn start(params: &Params, folder: &Path) -> Result<Child, StageError> {
+fn start(
+    context: &StageContext<'_>,
+    params: &Params,
+    folder: &Path,
+    temporary: &Path,
+) -> Result<Child, StageError> {
     let allowed = ENVIRONMENT.iter().filter_map(|name| std::env::var_os(name).map(|value| (*name, value)));
     let mut command = Command::new("sh");
     command
@@ -179,11 +248,24 @@ fn start(params: &Params, folder: &Path) -> Result<Child, StageError> {
         .current_dir(folder)
         .env_clear()
         .envs(allowed)
-        .envs(&params.env)
+        .env("TMPDIR", temporary)
+        .env("CUDA_VISIBLE_DEVICES", context.gpus.join(","))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .envs(params.env.iter().map(|(name, value)| (name, value.text())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
+    // A command outlives a killed run otherwise; other systems than Linux have no such call.
+    #[cfg(target_os = "linux")]
+    // SAFETY: prctl(2) takes plain numbers and is async-signal-safe. The thread that starts the command waits
+    // for it, so the signal comes only if this process is killed.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
     command
         .spawn()
         .map_err(|error| StageError::new("exec::start", "the shell `sh` cannot be started").caused_by(error))
@@ -228,6 +310,37 @@ fn end_group(child: &mut Child) -> std::io::Result<()> {
     // SAFETY: as above.
     unsafe { libc::kill(group, libc::SIGKILL) };
     child.wait().map(|_| ())
+}
+
+/// An error if the command left files beside its outputs: what nobody declares, nobody would find again.
+fn refuse_undeclared(context: &StageContext<'_>, folder: &Path) -> Result<(), StageError> {
+    let mut known: BTreeSet<&str> = context.source("inputs").iter().map(|file| file.path.as_str()).collect();
+    known.extend(context.inputs.iter().map(|(name, _)| name.as_str()));
+    let mut undeclared = Vec::new();
+    let mut open = vec![PathBuf::new()];
+    while let Some(inside) = open.pop() {
+        for entry in fs_err::read_dir(folder.join(&inside))? {
+            let entry = entry?;
+            let path = inside.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                open.push(path);
+            } else if path.to_str().is_none_or(|path| !known.contains(path)) {
+                undeclared.push(format!("`{}`", path.display()));
+            }
+        }
+    }
+    if undeclared.is_empty() {
+        return Ok(());
+    }
+    undeclared.sort();
+    let more = match undeclared.len().saturating_sub(UNDECLARED_SHOWN_MAX) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    undeclared.truncate(UNDECLARED_SHOWN_MAX);
+    let text = format!("the command wrote {}{more}, which it does not declare", undeclared.join(", "));
+    Err(StageError::new("exec::undeclared_output", text)
+        .hint("add it to `outputs`, or write it below `$TMPDIR`, which is removed afterwards"))
 }
 
 /// Moves the declared outputs into the artifact; a missing one is an error that shows what is there.

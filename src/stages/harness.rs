@@ -187,6 +187,7 @@ impl Bench {
             checkpoints: &checkpoints,
             manifest_dir: self.dir.path(),
             threads: 2,
+            gpus: &[],
             services: &self.services,
         })?;
         for (file, _) in kind.outputs() {

@@ -4,7 +4,7 @@ use expect_test::{Expect, expect};
 use serde_json::json;
 
 use super::*;
-use crate::stage::{InputSlot, StageContext, StageError};
+use crate::stage::{InputSlot, OutputFile, StageContext, StageError};
 
 struct Plain;
 
@@ -35,6 +35,7 @@ impl StageKind for Plain {
     }
 }
 
+/// The trees that are still known; the path `rank` is filled in from `params.lora.rank`.
 struct Trees(Vec<Vec<OutputFile>>);
 
 impl Context for Trees {
@@ -43,6 +44,17 @@ impl Context for Trees {
     }
     fn stage_of(&self, slot: &str) -> Option<String> {
         (slot == "data").then(|| "split".to_owned())
+    }
+    fn content(&self, digest: Digest) -> Option<Vec<u8>> {
+        let texts = ["a\nb\nc\n", "a\nc\nd\ne\n", "c\nb\na\n"];
+        texts.iter().find(|text| Digest::of(text.as_bytes()) == digest).map(|text| text.as_bytes().to_vec())
+    }
+    fn origin(&self, path: &str) -> Option<String> {
+        match path {
+            "rate" => Some("params.lr".to_owned()),
+            "rank" => Some("params.lora.rank".to_owned()),
+            _ => None,
+        }
     }
 }
 
@@ -112,15 +124,56 @@ fn parameter_changes_are_told_with_both_values() {
         &new,
         vec![],
         &expect![[r#"
-            params: with.added.deep.0 unset → true
-            params: with.path "avx2" → "amx"
-            params: with.rank 16 → 32
-            params: with.targets.1 "v" → "o"
+            with.added.deep.0 unset → true
+            with.path "avx2" → "amx"
+            params.lora.rank 16 → 32
+            with.targets.1 "v" → "o"
             numerics "\"avx2\"" → "\"amx\""
-            params: with.gone "x" → unset
+            with.gone "x" → unset
         "#]],
     );
     assert!(compare(&old, &old, &Trees(vec![])).is_empty());
+}
+
+#[test]
+fn a_value_is_told_as_people_write_it() {
+    let line = |old: Value, new: Value| {
+        let [old, new] = [old, new].map(|value| parts(&json!({ "rate": value })));
+        compare(&old, &new, &Trees(vec![]))[0].to_string()
+    };
+    assert_eq!(line(json!(2e-4), json!(1e-4)), "params.lr 2e-4 → 1e-4 (with.rate)");
+    assert_eq!(line(json!(0.20), json!(0.5)), "params.lr 0.2 → 0.5 (with.rate)");
+    let text = |word: &str| format!("{}{word}{}", "before ".repeat(9), " after".repeat(9)).into();
+    assert_eq!(
+        line(text("one"), text("two")),
+        r#"params.lr "…fore before one after after…" → "…fore before two after after…" (with.rate)"#
+    );
+}
+
+#[test]
+fn input_changes_are_told_by_file_and_rows() {
+    let tree = |texts: &[(&str, &str)]| -> Vec<OutputFile> {
+        let file = |(path, text): &(&str, &str)| OutputFile {
+            path: (*path).to_owned(),
+            digest: Digest::of(text.as_bytes()),
+            bytes: text.len() as u64,
+        };
+        texts.iter().map(file).collect()
+    };
+    let list = |files: &[OutputFile]| {
+        let inputs = [("data", Some(crate::store::tree_digest(files)))];
+        walk(&Plain, &json!({}), Inputs { inputs: &inputs, sources: &[] })
+    };
+    let old = tree(&[("big.bin", "1"), ("gone", "x"), ("t.jsonl", "a\nb\nc\n"), ("u.jsonl", "a\nb\nc\n")]);
+    let new = tree(&[("big.bin", "2"), ("t.jsonl", "a\nc\nd\ne\n"), ("u.jsonl", "c\nb\na\n")]);
+    check(
+        &list(&old),
+        &list(&new),
+        vec![old, new],
+        &expect![[r#"
+            input data (stage split) changed: big.bin, gone removed, t.jsonl 3 → 4 rows (+2 -1) and 1 more
+        "#]],
+    );
 }
 
 #[test]

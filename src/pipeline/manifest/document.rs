@@ -8,9 +8,11 @@ use crate::manifest::problem::{Problem, Problems, quoted};
 use crate::manifest::source::Span;
 
 /// The words at the top of a file.
-pub(crate) const WORDS: [&str; 6] = ["name", "description", "params", "profiles", "include", "stages"];
+pub(crate) const WORDS: [&str; 7] =
+    ["name", "description", "params", "profiles", "include", "stages", "sweep"];
 /// The words of a stage.
-pub(crate) const STAGE_WORDS: [&str; 4] = ["uses", "needs", "with", "description"];
+pub(crate) const STAGE_WORDS: [&str; 8] =
+    ["uses", "needs", "with", "matrix", "resources", "timeout", "retries", "description"];
 /// What a name may be made of: it becomes a folder in the store.
 pub(crate) const NAME_PATTERN: &str = "^[A-Za-z0-9_-]{1,100}$";
 
@@ -27,6 +29,8 @@ pub(crate) struct Document {
     pub(crate) params: Entries,
     pub(crate) profiles: Vec<(Key, Entries)>,
     pub(crate) stages: Vec<StageDraft>,
+    /// The value, with the span of the word `sweep`.
+    pub(crate) sweep: Option<(Span, Node)>,
 }
 
 /// A stage as it is written.
@@ -38,6 +42,10 @@ pub(crate) struct StageDraft {
     pub(crate) needs: Option<(Span, Node)>,
     /// The value, with the span of the word `with`.
     pub(crate) with: Option<(Span, Node)>,
+    /// The value, with the span of the word `matrix`.
+    pub(crate) matrix: Option<(Span, Node)>,
+    /// `resources`, `timeout` and `retries`, those that are given.
+    pub(crate) execution: Entries,
 }
 
 /// A text and where it stands.
@@ -87,6 +95,7 @@ pub(crate) fn read(root: Node, problems: &mut Problems) -> ReadFile {
                     document.stages.extend(stage(name, node, problems));
                 }
             }
+            "sweep" => document.sweep = (node.value != Value::Null).then_some((key.span, node)),
             _ => {
                 let problem = unknown_word(&key, &WORDS, problems);
                 problems.push(problem);
@@ -100,6 +109,7 @@ impl Document {
     /// Lays `top` over this: its params, its profiles' params and its stages win, each by name.
     pub(crate) fn overlay(&mut self, top: Self) {
         self.name = top.name.or(self.name.take());
+        self.sweep = top.sweep.or(self.sweep.take());
         overlay(&mut self.params, top.params, |(key, _)| &key.text, |below, above| *below = above);
         overlay(
             &mut self.profiles,
@@ -125,7 +135,8 @@ fn overlay<T>(below: &mut Vec<T>, above: Vec<T>, name: impl Fn(&T) -> &String, m
 fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
     let name = checked_name(Text { text: name.text, span: name.span }, problems)
         .map(|text| Key { text, span: name.span })?;
-    let mut draft = StageDraft { name, uses: None, needs: None, with: None };
+    let mut draft =
+        StageDraft { name, uses: None, needs: None, with: None, matrix: None, execution: Vec::new() };
     let mut has_uses = !matches!(node.value, Value::Map(_) | Value::Null);
     let entries = optional_map(node, &format!("stage `{}`", draft.name.text), problems);
     for (key, node) in entries {
@@ -141,6 +152,9 @@ fn stage(name: Key, node: Node, problems: &mut Problems) -> Option<StageDraft> {
             }
             "needs" => draft.needs = is_given.then_some((key.span, node)),
             "with" => draft.with = is_given.then_some((key.span, node)),
+            "resources" | "timeout" | "retries" if is_given => draft.execution.push((key, node)),
+            "resources" | "timeout" | "retries" => {}
+            "matrix" => draft.matrix = is_given.then_some((key.span, node)),
             "description" => drop(text(node, "description", problems)),
             _ => {
                 let problem = unknown_word(&key, &STAGE_WORDS, problems);

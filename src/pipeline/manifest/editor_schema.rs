@@ -6,6 +6,8 @@
 use serde_json::{Map, Value as Json, json};
 
 use crate::manifest::document::{NAME_PATTERN, STAGE_WORDS, WORDS};
+use crate::manifest::execution::Written;
+use crate::manifest::sweep::Spec;
 use crate::stage::{Arity, StageKind};
 
 /// The schema (draft 2020-12) of manifests whose stages are of these kinds.
@@ -23,6 +25,11 @@ pub fn json_schema(kinds: &[&'static dyn StageKind]) -> Json {
         add_kind(*kind, &mut definitions);
     }
     definitions.insert("stage".to_owned(), stage_schema(kinds));
+    add("sweep", schemars::schema_for!(Spec).to_value(), &mut definitions);
+    add("execution", schemars::schema_for!(Written).to_value(), &mut definitions);
+    definitions["sweep"]["description"] = json!(
+        "What `tunesmith sweep` tries and compares; one of `matrix`, `list` and `random` says which values."
+    );
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tunesmith manifest",
@@ -61,6 +68,7 @@ fn top_properties() -> Json {
                     "propertyNames": { "pattern": NAME_PATTERN },
                     "additionalProperties": { "$ref": "#/$defs/stage" }
                 }),
+                "sweep" => json!({ "$ref": "#/$defs/sweep" }),
                 _ => json!({ "description": "For people.", "type": "string" }),
             };
             ((*word).to_owned(), schema)
@@ -80,6 +88,11 @@ fn stage_schema(kinds: &[&'static dyn StageKind]) -> Json {
                 "needs" => json!({
                     "description": "The stages whose results this one takes: a name, a list of names, or a map from input to name.",
                     "type": ["string", "array", "object", "null"]
+                }),
+                "resources" | "timeout" | "retries" => json!({ "$ref": format!("#/$defs/execution/properties/{word}") }),
+                "matrix" => json!({
+                    "description": "Lists of values by axis: the stage becomes one node a combination, which reads its values as `${matrix.axis}`. Whoever needs the stage takes all nodes; a stage with axes of the same name takes those that agree with it.",
+                    "type": ["object", "string", "null"], "additionalProperties": { "type": ["array", "string"], "minItems": 1 }
                 }),
                 "with" => json!({
                     "description": "The parameters of the stage.",
@@ -150,18 +163,21 @@ fn needs_schema(kind: &dyn StageKind) -> Json {
 
 /// The kind's parameters as `#/$defs/<kind>`, and the definitions they refer to as `#/$defs/<kind>.<name>`.
 fn add_kind(kind: &dyn StageKind, definitions: &mut Map<String, Json>) {
-    let mut schema = kind.schema().to_value();
+    add(kind.name(), kind.schema().to_value(), definitions);
+    definitions[kind.name()]["description"] = kind.doc().into();
+}
+
+fn add(name: &str, mut schema: Json, definitions: &mut Map<String, Json>) {
     let Some(object) = schema.as_object_mut() else { return };
     object.remove("$schema");
     if let Some(Json::Object(own)) = object.remove("$defs") {
-        for (name, mut definition) in own {
-            rewrite(&mut definition, kind.name());
-            definitions.insert(format!("{}.{name}", kind.name()), definition);
+        for (part, mut definition) in own {
+            rewrite(&mut definition, name);
+            definitions.insert(format!("{name}.{part}"), definition);
         }
     }
-    rewrite(&mut schema, kind.name());
-    schema["description"] = kind.doc().into();
-    definitions.insert(kind.name().to_owned(), schema);
+    rewrite(&mut schema, name);
+    definitions.insert(name.to_owned(), schema);
 }
 
 /// Renames references to the kind's own definitions, and lets every value be a `${...}` text.

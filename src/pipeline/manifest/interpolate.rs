@@ -1,4 +1,4 @@
-//! Fills in `${params.x}` and `${env.X}`.
+//! Fills in `${params.x}`, `${env.X}` and, in a stage with a matrix, `${matrix.x}`.
 //!
 //! A text that is one `${...}` and nothing else takes the value with its type; inside a longer text the
 //! value is written out. `$${` means a plain `${`. Params may refer to params; a cycle is an error that shows
@@ -30,6 +30,8 @@ pub(crate) struct Resolver<'a> {
     told_cycles: BTreeSet<BTreeSet<String>>,
     used: BTreeSet<usize>,
     output_bytes: usize,
+    /// The values of the combination that is being filled in; all of them filled in already.
+    matrix: Entries,
 }
 
 /// A reference, as it is written.
@@ -55,12 +57,26 @@ impl<'a> Resolver<'a> {
             told_cycles: BTreeSet::new(),
             used: BTreeSet::new(),
             output_bytes: 0,
+            matrix: Vec::new(),
         }
     }
 
     /// `node` with everything filled in; what cannot be is told and left broken.
     pub(crate) fn resolve(&mut self, node: &Node) -> Node {
         self.resolve_at(node, 0)
+    }
+
+    /// `node` with everything filled in for one combination of a stage's matrix.
+    pub(crate) fn resolve_in(&mut self, matrix: &Entries, node: &Node) -> Node {
+        self.matrix.clone_from(matrix);
+        let resolved = self.resolve(node);
+        self.matrix.clear();
+        resolved
+    }
+
+    /// Takes a problem that came up while values were filled in.
+    pub(crate) fn tell(&mut self, problem: Problem) {
+        self.problems.push(problem);
     }
 
     /// Positions of the params that what was resolved so far has read, directly or through other params.
@@ -187,6 +203,7 @@ impl<'a> Resolver<'a> {
         match reference.path.as_slice() {
             ["params", path @ ..] if !path.is_empty() => self.param(reference, path, depth),
             ["env", name] if !name.is_empty() => self.variable(reference, name),
+            ["matrix", axis, path @ ..] => self.axis(reference, axis, path),
             [root, ..] => {
                 let problem = Problem::new(
                     "manifest::interpolation",
@@ -207,6 +224,19 @@ impl<'a> Resolver<'a> {
             }
             [] => None,
         }
+    }
+
+    /// A value of the stage's combination.
+    fn axis(&mut self, reference: &Reference<'_>, axis: &str, path: &[&str]) -> Option<Node> {
+        if let Some((_, value)) = self.matrix.iter().find(|(key, _)| key.text == axis) {
+            let value = value.clone();
+            return self.inside(reference, &value, &format!("matrix.{axis}"), path);
+        }
+        let message = format!("`{}` refers to no axis of this stage's `matrix`", reference.raw);
+        let problem = Problem::new("manifest::interpolation", reference.span, message);
+        let hint = suggestion(axis, self.matrix.iter().map(|(key, _)| key.text.as_str()));
+        self.problems.push(problem.hint(hint.unwrap_or_else(|| "the stage has no `matrix`".to_owned())));
+        None
     }
 
     fn variable(&mut self, reference: &Reference<'_>, name: &str) -> Option<Node> {

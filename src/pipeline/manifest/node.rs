@@ -69,6 +69,27 @@ impl Node {
         }
     }
 
+    /// A JSON value as if it stood at `span`. A number too large for a whole one becomes a float.
+    pub(crate) fn from_json(json: &Json, span: Span) -> Self {
+        let value = match json {
+            Json::Null => Value::Null,
+            Json::Bool(value) => Value::Bool(*value),
+            Json::Number(number) => match number.as_i64() {
+                Some(whole) => Value::Int(whole),
+                None => Value::Float(number.as_f64().unwrap_or_default()),
+            },
+            Json::String(text) => Value::String(text.clone()),
+            Json::Array(items) => Value::List(items.iter().map(|item| Self::from_json(item, span)).collect()),
+            Json::Object(entries) => {
+                let entry = |(text, value): (&String, &Json)| {
+                    (Key { text: text.clone(), span }, Self::from_json(value, span))
+                };
+                Value::Map(entries.iter().map(entry).collect())
+            }
+        };
+        Self::new(value, span)
+    }
+
     /// The same value as JSON.
     pub(crate) fn to_json(&self) -> Json {
         match &self.value {

@@ -37,7 +37,10 @@ pub(crate) fn apply(
         let value_start = text.len() - value.len();
         let file = sources.add(COMMAND_LINE, text);
         if let Some(node) = set_value(file, value, value_start, problems) {
-            set(params, file, path, node, problems);
+            let at = |range: std::ops::Range<usize>| {
+                Span::new(file, "--set ".len() + range.start.."--set ".len() + range.end)
+            };
+            set(params, &at, path, node, problems);
         }
     }
 }
@@ -84,13 +87,19 @@ fn set_value(file: FileId, text: &str, start: usize, problems: &mut Problems) ->
     }
 }
 
-/// Sets the param at the dotted `path`, which stands after `--set ` in `file`.
-fn set(params: &mut Entries, file: FileId, path: &str, value: Node, problems: &mut Problems) {
+/// Sets the param at the dotted `path`; `at` says where a part of the path stands.
+pub(crate) fn set(
+    params: &mut Entries,
+    at: &dyn Fn(std::ops::Range<usize>) -> Span,
+    path: &str,
+    value: Node,
+    problems: &mut Problems,
+) {
     let mut below = params;
-    let mut start = "--set ".len();
+    let mut start = 0;
     let mut parts = path.split('.').peekable();
     while let Some(part) = parts.next() {
-        let key = Key { text: part.to_owned(), span: Span::new(file, start..start + part.len()) };
+        let key = Key { text: part.to_owned(), span: at(start..start + part.len()) };
         start += part.len() + 1;
         if parts.peek().is_none() {
             let entry = vec![(key, value)];

@@ -3,10 +3,11 @@
 //! Everything happens in a scratch folder until the record is written. A failure, a panic or a kill before
 //! that leaves nothing anybody believes; objects already stored are only content without a name.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use walkdir::WalkDir;
@@ -16,12 +17,16 @@ use crate::events::{Reporter, RunEvent};
 use crate::graph::{Stage, StageId};
 use crate::key::{Part, Reason};
 use crate::lease::Lease;
-use crate::stage::{Artifact, OutputFile, RowCounts, SourceFile, StageContext, StageError};
+use crate::stage::{Artifact, MessageLevel, OutputFile, RowCounts, SourceFile, StageContext, StageError};
 use crate::store::{ActionRecord, Flush, StoreError, create_dir, folder_name, tree_digest, tree_encode};
 
 use super::driver::Shared;
 use super::services::StageServices;
 use super::sources::{Snapshot, adopt};
+
+/// How long to wait before the first retry, and at most before any.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// An action that has to run.
 pub(super) struct Job<'p> {
@@ -49,6 +54,8 @@ pub(super) struct JobInput<'p> {
 pub(super) enum Done {
     /// It ran and is committed.
     Ran { record: Arc<ActionRecord>, seconds: f64 },
+    /// It ran once more and made something else; the result that stood is kept.
+    Differs { record: Arc<ActionRecord>, seconds: f64, error: StageError },
     /// Somebody else finished it meanwhile.
     Found(Arc<ActionRecord>),
     /// The results of these stages are damaged.
@@ -80,15 +87,15 @@ impl From<StoreError> for StageError {
     }
 }
 
-/// Runs an action, unless another process finishes it first.
-pub(super) fn run(shared: &Shared<'_>, job: &Job<'_>) -> Done {
-    match run_leased(shared, job) {
+/// Runs an action, unless another process finishes it first. `gpus` are lent to it meanwhile.
+pub(super) fn run(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Done {
+    match run_leased(shared, job, gpus) {
         Ok(done) => done,
         Err(error) => Done::Failed(Failure::new(error.into())),
     }
 }
 
-fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+fn run_leased(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Done, StoreError> {
     let store = shared.store;
     let mut waiting = || shared.recorder.report(&RunEvent::StageWaiting { stage: job.stage.name.clone() });
     let Some(_lease) = Lease::take(&store.lock_path(job.key), &|| shared.is_cancelled(), &mut waiting)?
@@ -96,8 +103,7 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
         return Ok(Done::Stopped);
     };
     if !job.forced
-        && let Some(record) = store.action(job.key)?
-        && store.damaged_output(&record)?.is_none()
+        && let Some(record) = standing(shared, job.key)?
     {
         shared.set_latest(job.stage, &record)?;
         shared.settle(job.stage, &record)?;
@@ -109,10 +115,75 @@ fn run_leased(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
         reasons: job.reasons.iter().map(ToString::to_string).collect(),
         previous_seconds: job.previous_seconds,
     });
-    run_in_scratch(shared, job)
+    let Some(_lent) = lend(shared, job, gpus)? else { return Ok(Done::Stopped) };
+    let retries = job.stage.execution.retries;
+    for attempt in 0..retries {
+        let failure = match run_in_scratch(shared, job, gpus)? {
+            Done::Failed(failure) if failure.error.transient => failure,
+            done => return Ok(done),
+        };
+        if !pause_before_retry(shared, job, attempt, &failure.error) {
+            return Ok(Done::Stopped);
+        }
+    }
+    run_in_scratch(shared, job, gpus)
 }
 
-fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError> {
+/// Takes the GPUs lent to the stage for this process; another one that uses the store may have them.
+/// `None`: the run was stopped meanwhile.
+fn lend(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Option<Vec<Lease>>, StoreError> {
+    let mut lent = Vec::with_capacity(gpus.len());
+    // In one order everywhere, so that two processes never wait for each other.
+    for gpu in gpus.iter().collect::<BTreeSet<_>>() {
+        let mut waiting = || warn(shared, job, format!("waits for GPU {gpu}, which another run has"));
+        let lock = shared.store.root().join("locks").join(format!("gpu-{}.lock", folder_name(gpu)));
+        match Lease::take(&lock, &|| shared.is_cancelled(), &mut waiting)? {
+            Some(lease) => lent.push(lease),
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(lent))
+}
+
+/// The result of an action, if somebody has made it meanwhile, or the remote has it.
+fn standing(shared: &Shared<'_>, key: Digest) -> Result<Option<ActionRecord>, StoreError> {
+    let store = shared.store;
+    if let Some(record) = store.action(key)?
+        && store.damaged_output(&record)?.is_none()
+    {
+        return Ok(Some(record));
+    }
+    match &shared.options.remote {
+        Some(remote) => store.fetch(remote, key),
+        None => Ok(None),
+    }
+}
+
+/// Waits a while that doubles from try to try. `false`: the run was stopped meanwhile.
+fn pause_before_retry(shared: &Shared<'_>, job: &Job<'_>, attempt: u32, error: &StageError) -> bool {
+    let pause = RETRY_PAUSE.saturating_mul(1 << attempt.min(16)).min(RETRY_PAUSE_MAX);
+    let text = format!(
+        "{}; try {} of {} in {:.1} s",
+        error.message,
+        attempt + 2,
+        job.stage.execution.retries + 1,
+        pause.as_secs_f64()
+    );
+    warn(shared, job, text);
+    let until = Instant::now() + pause;
+    while Instant::now() < until && !shared.is_cancelled() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    !shared.is_cancelled()
+}
+
+fn warn(shared: &Shared<'_>, job: &Job<'_>, text: String) {
+    shared.recorder.log(&job.stage.name, &format!("warning: {text}"));
+    let stage = job.stage.name.clone();
+    shared.recorder.report(&RunEvent::StageMessage { stage, level: MessageLevel::Warning, text });
+}
+
+fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>, gpus: &[String]) -> Result<Done, StoreError> {
     let started = Instant::now();
     let store = shared.store;
     let scratch = store.scratch()?;
@@ -126,7 +197,15 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
     };
     let out = scratch.path().join("out");
     fs_err::create_dir(&out)?;
-    let services = StageServices::new(&job.stage.name, shared.memo()?, shared.recorder, shared.cancelled);
+    let execution = &job.stage.execution;
+    let services = StageServices::new(
+        &job.stage.name,
+        shared.memo()?,
+        shared.recorder,
+        shared.cancelled,
+        execution.timeout,
+    );
+    let threads = execution.cpu.map(|cpu| cpu.min(shared.options.machine.cpu) as usize);
     let context = StageContext {
         stage: &job.stage.name,
         kind: (job.stage.kind.name(), job.stage.kind.version()),
@@ -136,7 +215,8 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
         out: &out,
         checkpoints: &store.checkpoints(job.key)?,
         manifest_dir: &shared.pipeline.dir,
-        threads: shared.options.threads.max(1),
+        threads: threads.unwrap_or(shared.options.threads).max(1),
+        gpus,
         services: &services,
     };
     let result = job.stage.kind.run(&context);
@@ -147,7 +227,11 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
         Ok(Done::Failed(Box::new(Failure { error, rows, metrics: metrics.clone(), seconds })))
     };
     if let Err(error) = result {
-        return if shared.is_cancelled() { Ok(Done::Stopped) } else { failed(error) };
+        return match execution.timeout {
+            _ if shared.is_cancelled() => Ok(Done::Stopped),
+            Some(timeout) if services.timed_out() => failed(timed_out(timeout)),
+            _ => failed(error),
+        };
     }
     let outputs = match take_outputs(shared, &out) {
         Ok(outputs) => outputs,
@@ -161,10 +245,49 @@ fn run_in_scratch(shared: &Shared<'_>, job: &Job<'_>) -> Result<Done, StoreError
         seconds: started.elapsed().as_secs_f64(),
         ..ActionRecord::new(job.key, &job.stage.name, job.parts.clone())
     };
+    if shared.options.verify
+        && let Some(standing) = store.action(job.key)?
+        && store.damaged_output(&standing)?.is_none()
+    {
+        store.clear_checkpoints(job.key)?;
+        shared.settle(job.stage, &standing)?;
+        return Ok(compared(standing, &record));
+    }
     commit(shared, job, &record)?;
     // What goes wrong from here on is a failure of this run, but the action itself is kept.
     shared.settle(job.stage, &record)?;
     Ok(Done::Ran { seconds: started.elapsed().as_secs_f64(), record: Arc::new(record) })
+}
+
+/// What a second run of an action came to.
+fn compared(standing: ActionRecord, again: &ActionRecord) -> Done {
+    let seconds = again.seconds;
+    if standing.tree == again.tree {
+        return Done::Ran { record: Arc::new(standing), seconds };
+    }
+    let digests = |record: &ActionRecord| -> BTreeMap<String, Digest> {
+        record.outputs.iter().map(|file| (file.path.clone(), file.digest)).collect()
+    };
+    let (old, new) = (digests(&standing), digests(again));
+    let paths: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let short = |digest: Option<&Digest>| digest.map_or_else(|| "nothing".to_owned(), Digest::short);
+    let files: Vec<String> = paths
+        .into_iter()
+        .filter(|path| old.get(*path) != new.get(*path))
+        .map(|path| format!("`{path}` ({} → {})", short(old.get(path)), short(new.get(path))))
+        .collect();
+    let text =
+        format!("stage `{}` made other bytes from the same inputs: {}", standing.stage, files.join(", "));
+    let error = StageError::new("run::nondeterministic", text).hint(
+        "look for times, random numbers without a seed, or the order of a folder's files; the earlier result is kept",
+    );
+    Done::Differs { record: Arc::new(standing), seconds, error }
+}
+
+fn timed_out(timeout: Duration) -> StageError {
+    let text = format!("the stage was not done after {} s, its `timeout`", timeout.as_secs_f64());
+    StageError::new("run::timeout", text)
+        .hint("give it more time, or less to do; rows it remembered are kept")
 }
 
 fn commit(shared: &Shared<'_>, job: &Job<'_>, record: &ActionRecord) -> Result<(), StoreError> {
@@ -197,7 +320,11 @@ fn link_inputs(
         match shared.store.link_into(&folder, &record.outputs) {
             Ok(()) => {}
             Err(error @ StoreError::Damaged { .. }) => {
-                shared.recorder.log(&job.stage.name, &format!("input {slot} (stage {name}): {error}"));
+                warn(
+                    shared,
+                    job,
+                    format!("{error}; it is an output of stage `{name}`, which makes it again"),
+                );
                 damaged.push(*stage);
                 continue;
             }

@@ -152,6 +152,20 @@ impl key::Context for Context<'_> {
         self.store.read_object(digest).ok().flatten().and_then(|bytes| tree_decode(&bytes))
     }
 
+    fn content(&self, digest: Digest) -> Option<Vec<u8>> {
+        let stored = self.store.read_object(digest).ok().flatten();
+        // `plan` takes nothing into the store; then the file itself is looked at.
+        stored.or_else(|| {
+            let file = self.sources.iter().flat_map(|source| &source.files).find(|f| f.digest == digest)?;
+            let bytes = fs_err::read(self.pipeline.dir.join(&file.path)).ok()?;
+            (Digest::of(&bytes) == digest).then_some(bytes)
+        })
+    }
+
+    fn origin(&self, path: &str) -> Option<String> {
+        self.stage.origin(path)
+    }
+
     fn stage_of(&self, slot: &str) -> Option<String> {
         let need = self.stage.needs.iter().find(|need| need.slot == slot)?;
         Some(self.pipeline.stages[need.stage.0 as usize].name.clone())

@@ -19,6 +19,7 @@ use crate::store::{ActionRecord, Latest, Store, StoreError, folder_name};
 
 use super::action::{Done, Failure, Job, JobInput};
 use super::assess::{Assessment, Finding, Judge};
+use super::demand::demand;
 use super::report::{ErrorReport, RunReport, StageReport, StageState, whole_message};
 use super::{RunOptions, inputs_of};
 
@@ -258,7 +259,7 @@ impl<'a> Work for Driver<'a> {
                 Ok(Finding::Cached(record)) => self.take_cached(id, &record),
                 Ok(Finding::Run { key, parts, reasons }) => {
                     let job = self.job(id, key, parts, reasons);
-                    return Verdict::Start(job, self.stage(id).kind.cost());
+                    return Verdict::Start(job, demand(self.stage(id), &self.shared.options.machine));
                 }
                 Ok(Finding::Blocked { .. }) => unreachable!("BUG: a stage is resolved after its needs"),
                 Err(error) => Err(error),
@@ -292,6 +293,19 @@ impl<'a> Work for Driver<'a> {
                     rows: (record.rows.total > 0).then_some(record.rows),
                     metrics: record.metrics.clone(),
                 });
+                Settlement::Settled { changed: self.settled(id, &record, StageState::Ran, seconds) }
+            }
+            Done::Differs { record, seconds, error } => {
+                self.forced.remove(&id);
+                let message = whole_message(&error);
+                self.shared.recorder.log(&stage.name, &format!("error: {message}"));
+                let hint = error.hint.clone();
+                self.shared.recorder.report(&RunEvent::StageFailed {
+                    stage: stage.name.clone(),
+                    message,
+                    hint,
+                });
+                self.errors.push(ErrorReport::of_stage(stage, &error));
                 Settlement::Settled { changed: self.settled(id, &record, StageState::Ran, seconds) }
             }
             Done::Found(record) => {

@@ -23,6 +23,20 @@ pub enum RunnerError {
     /// The sources of a stage cannot be used.
     #[error(transparent)]
     Source(#[from] Box<SourceError>),
+    /// A stage wants more than there is.
+    #[error("stage `{stage}` wants {wanted}, and there is {available}")]
+    TooMuch {
+        /// The stage.
+        stage: String,
+        /// What it wants.
+        wanted: String,
+        /// What there is.
+        available: String,
+        /// The option that says what there is.
+        option: &'static str,
+        /// Where the stage is written.
+        place: Option<Place>,
+    },
     /// Sources kept changing.
     #[error("the source files change faster than they can be read")]
     Restless,
@@ -81,7 +95,11 @@ impl RunnerError {
             .map(|stage| (strsim::damerau_levenshtein(&stage.name, name), stage.name.as_str()))
             .min()
             .filter(|(distance, nearest)| *distance <= nearest.len().max(3) / 3);
+        let of_group = |stage: &&Stage| stage.group.as_deref() == Some(name);
+        let nodes: Vec<String> =
+            pipeline.stages.iter().filter(of_group).map(|stage| format!("`{}`", stage.name)).collect();
         let hint = match nearest {
+            _ if !nodes.is_empty() => format!("by its matrix it is {}", nodes.join(", ")),
             Some((_, nearest)) => format!("did you mean `{nearest}`?"),
             None => {
                 let names: Vec<String> =
@@ -92,9 +110,15 @@ impl RunnerError {
         Self::UnknownStage { pipeline: pipeline.name.clone(), name: name.to_owned(), hint }
     }
 
+    pub(super) fn too_much(stage: &Stage, wanted: String, available: String, option: &'static str) -> Self {
+        let place = place_of(stage, "").cloned();
+        Self::TooMuch { stage: stage.name.clone(), wanted, available, option, place }
+    }
+
     /// A stable code.
     pub fn stable_code(&self) -> &'static str {
         match self {
+            Self::TooMuch { .. } => "run::too_much",
             Self::UnknownStage { .. } => "run::unknown_stage",
             Self::Source(error) => match error.problem {
                 SourceProblem::Empty { .. } => "source::empty",
@@ -121,6 +145,9 @@ impl RunnerError {
                 }
                 SourceProblem::File(error) => error.hint().map(str::to_owned),
             },
+            Self::TooMuch { option, .. } => {
+                Some(format!("take less in the stage's `resources`, or say with `{option}` what there is"))
+            }
             Self::Restless => Some("run again once they are at rest".to_owned()),
             Self::Store(error) => error.hint().map(str::to_owned),
         }
@@ -128,13 +155,17 @@ impl RunnerError {
 
     /// Where in a manifest the cause is written.
     pub fn place(&self) -> Option<&Place> {
-        self.located().map(|located| &located.place)
+        match self {
+            Self::TooMuch { place, .. } => place.as_ref(),
+            _ => self.located().map(|located| &located.place),
+        }
     }
 
     /// The stage it is about.
     pub fn stage(&self) -> Option<&str> {
         match self {
             Self::Source(error) => Some(&error.stage),
+            Self::TooMuch { stage, .. } => Some(stage),
             Self::UnknownStage { .. } | Self::Restless | Self::Store(_) => None,
         }
     }
@@ -142,7 +173,7 @@ impl RunnerError {
     fn located(&self) -> Option<&Located> {
         match self {
             Self::Source(error) => error.place.as_ref(),
-            Self::UnknownStage { .. } | Self::Restless | Self::Store(_) => None,
+            Self::TooMuch { .. } | Self::UnknownStage { .. } | Self::Restless | Self::Store(_) => None,
         }
     }
 }

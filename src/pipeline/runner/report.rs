@@ -107,30 +107,28 @@ impl ErrorReport {
         }
     }
 
-    /// An error of the store that belongs to no stage.
-    pub(super) fn of_store(error: &StoreError) -> Self {
+    /// An error that belongs to no stage and no place.
+    pub fn plain(code: &str, message: impl Into<String>, hint: Option<&str>) -> Self {
         Self {
-            code: error.code().to_owned(),
-            message: error.to_string(),
+            code: code.to_owned(),
+            message: message.into(),
             file: None,
             line: None,
             column: None,
             stage: None,
-            hint: error.hint().map(str::to_owned),
+            hint: hint.map(str::to_owned),
         }
+    }
+
+    /// An error of the store that belongs to no stage.
+    pub(super) fn of_store(error: &StoreError) -> Self {
+        Self::plain(error.code(), error.to_string(), error.hint())
     }
 
     /// The run was stopped by the user.
     pub(super) fn cancelled() -> Self {
-        Self {
-            code: "run::cancelled".to_owned(),
-            message: "the run was stopped before it was done".to_owned(),
-            file: None,
-            line: None,
-            column: None,
-            stage: None,
-            hint: Some("run again to go on; everything finished is kept".to_owned()),
-        }
+        let hint = "run again to go on; everything finished is kept";
+        Self::plain("run::cancelled", "the run was stopped before it was done", Some(hint))
     }
 }
 

@@ -22,6 +22,10 @@ pub(super) struct StageServices<'a> {
     memo: &'a Memo,
     recorder: &'a Recorder<'a>,
     cancelled: &'a AtomicBool,
+    /// When the stage has had its time.
+    deadline: Option<Instant>,
+    /// Whether the stage was told to stop because of that.
+    timed_out: AtomicBool,
     new: AtomicU64,
     remembered: AtomicU64,
     failed: AtomicU64,
@@ -36,12 +40,15 @@ impl<'a> StageServices<'a> {
         memo: &'a Memo,
         recorder: &'a Recorder<'a>,
         cancelled: &'a AtomicBool,
+        timeout: Option<Duration>,
     ) -> Self {
         Self {
             stage,
             memo,
             recorder,
             cancelled,
+            deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
+            timed_out: AtomicBool::new(false),
             new: AtomicU64::new(0),
             remembered: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -49,6 +56,11 @@ impl<'a> StageServices<'a> {
             progress: Mutex::default(),
             memo_failed: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the stage was told to stop because it has had its time.
+    pub(super) fn timed_out(&self) -> bool {
+        self.timed_out.load(Ordering::Relaxed)
     }
 
     /// The rows counted.
@@ -131,6 +143,9 @@ impl Services for StageServices<'_> {
     }
 
     fn cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            self.timed_out.store(true, Ordering::Relaxed);
+        }
+        self.timed_out() || self.cancelled.load(Ordering::Relaxed)
     }
 }

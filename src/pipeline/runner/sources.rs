@@ -15,6 +15,7 @@ use walkdir::{DirEntry, WalkDir};
 
 use crate::digest::Digest;
 use crate::graph::{Pipeline, Stage};
+use crate::lock::lock_path;
 use crate::stage::{EmptySource, OutputFile, SourceFile, SourceSpec};
 use crate::stat_index::{Known, Signature};
 use crate::store::{Placed, Store, StoreError, metadata_of, tree_digest};
@@ -63,6 +64,8 @@ impl Snapshot {
 pub(super) struct SourceReader<'a> {
     store: &'a Store,
     dir: PathBuf,
+    /// The manifest's lock, which runs write: a source that held it would never be at rest.
+    lock: PathBuf,
     taking: Taking,
     /// Files looked at already, by path as in [`SourceFile::path`].
     seen: BTreeMap<String, Placed>,
@@ -78,7 +81,8 @@ struct Match {
 impl<'a> SourceReader<'a> {
     pub(super) fn new(pipeline: &Pipeline, store: &'a Store, taking: Taking) -> Result<Self, StoreError> {
         let dir = if pipeline.dir.as_os_str().is_empty() { Path::new(".") } else { &pipeline.dir };
-        Ok(Self { store, dir: std::path::absolute(dir)?, taking, seen: BTreeMap::new() })
+        let lock = std::path::absolute(lock_path(&pipeline.path))?;
+        Ok(Self { store, dir: std::path::absolute(dir)?, lock, taking, seen: BTreeMap::new() })
     }
 
     /// The sources of a stage.
@@ -107,7 +111,7 @@ impl<'a> SourceReader<'a> {
         for pattern in patterns {
             let search = Search::new(&self.dir, pattern)?;
             let known = self.store.files().known_below(text_of(&search.base)?).map_err(StoreError::from)?;
-            for found in search.run(self.store.root())? {
+            for found in search.run(self.store.root(), &self.lock)? {
                 let placed = match self.seen.get(&found.name) {
                     Some(placed) => *placed,
                     None => self.digest(&found, &known)?,
@@ -191,15 +195,16 @@ impl Search {
         Ok(Self { base: dir.join(&base_name), base_name, matcher })
     }
 
-    fn run(&self, store: &Path) -> Result<Vec<Match>, StoreError> {
+    fn run(&self, store: &Path, lock: &Path) -> Result<Vec<Match>, StoreError> {
         if metadata_of(&self.base)?.is_none() {
             return Ok(Vec::new());
         }
         let mut found = Vec::new();
         // The base itself is followed: the user named it.
         let walk = WalkDir::new(&self.base).follow_root_links(true).sort_by_file_name();
-        let is_wanted =
-            |entry: &DirEntry| entry.depth() == 0 || !(is_hidden(entry) || is_store(entry, store));
+        let is_wanted = |entry: &DirEntry| {
+            entry.depth() == 0 || !(is_hidden(entry) || is_store(entry, store) || entry.path() == lock)
+        };
         for entry in walk.into_iter().filter_entry(is_wanted) {
             let entry = entry.map_err(io::Error::from)?;
             let Some(metadata) = file_metadata(&entry)? else { continue };
@@ -265,6 +270,7 @@ mod tests {
             "notes/deep/b.md",
             "notes/deep/c.txt",
             "notes/.hidden.md",
+            "notes/m.yaml.lock",
             "notes/.git/x.md",
             "notes/[odd] name.md",
             "other/d.md",
@@ -282,10 +288,12 @@ mod tests {
         for pattern in patterns {
             let pattern = pattern.replace("{temp}", temp.path().to_str().unwrap());
             let search = Search::new(&dir, &pattern).unwrap();
-            found.extend(search.run(store.root()).unwrap().into_iter().map(|found| {
-                assert!(found.path.is_file());
-                found.name.replace(temp.path().to_str().unwrap(), "{temp}")
-            }));
+            found.extend(search.run(store.root(), &dir.join("notes/m.yaml.lock")).unwrap().into_iter().map(
+                |found| {
+                    assert!(found.path.is_file());
+                    found.name.replace(temp.path().to_str().unwrap(), "{temp}")
+                },
+            ));
         }
         found.sort();
         assert_eq!(found, expected);
@@ -295,7 +303,7 @@ mod tests {
         ["notes/[odd] name.md", "notes/a.md", "notes/deep/b.md", "notes/deep/c.txt", "notes/deep/link.md"];
 
     #[test]
-    fn folder_is_everything_below_but_hidden_files_and_the_store() {
+    fn folder_is_everything_below_but_hidden_files_the_store_and_the_lock() {
         check(&["notes"], &ALL);
         check(&["./notes/"], &ALL);
         check(&["notes/**/*"], &ALL);

@@ -169,6 +169,11 @@ impl Desk {
         in_state(&report, StageState::Ran)
     }
 
+    fn locks(&self) -> Vec<String> {
+        let locks = fs_err::read_dir(self.path("cache/locks")).unwrap();
+        locks.map(|lock| lock.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
     fn text(&self, stage: &str) -> String {
         fs_err::read_to_string(self.path("cache/out/test").join(stage).join("text")).unwrap()
     }
@@ -189,6 +194,8 @@ fn pipeline(dir: &Path, lines: &[Line<'_>]) -> Pipeline {
     let stages = (0..).zip(lines).map(|(id, (name, kind, needs, with))| Stage {
         id: StageId(id),
         name: (*name).to_owned(),
+        group: None,
+        execution: crate::graph::Execution::default(),
         kind: *kind,
         needs: needs
             .iter()
@@ -199,6 +206,7 @@ fn pipeline(dir: &Path, lines: &[Line<'_>]) -> Pipeline {
             .collect(),
         with: with.clone(),
         places: BTreeMap::from([(String::new(), place.clone())]),
+        origins: BTreeMap::new(),
     });
     Pipeline {
         name: "test".to_owned(),
@@ -270,7 +278,7 @@ fn parameter_rekeys_only_its_stage_and_what_follows() {
         ]
     };
     assert_eq!(desk.ran(&lines("b")), ["a", "b", "c", "d"]);
-    assert_eq!(desk.plan(&lines("B"))[1], r#"b Run: params: with.add "b" → "B""#);
+    assert_eq!(desk.plan(&lines("B"))[1], r#"b Run: with.add "b" → "B""#);
     assert_eq!(desk.ran(&lines("B")), ["b", "c"]);
     assert_eq!(desk.text("c"), "aBc");
     assert_eq!(desk.ran(&lines("b")), none(), "going back is served from the store");
@@ -393,7 +401,7 @@ fn panic_is_an_error_that_names_the_stage() {
     assert_eq!(report.errors[0].code, "run::panic");
     assert_eq!(report.errors[0].message, "BUG: stage `a` panicked: index out of range");
     assert_eq!(fs_err::read_dir(desk.path("cache/tmp")).unwrap().count(), 0);
-    assert_eq!(fs_err::read_dir(desk.path("cache/locks")).unwrap().count(), 0);
+    assert_eq!(desk.locks(), ["use.lock"], "only what every process shares");
 }
 
 #[test]

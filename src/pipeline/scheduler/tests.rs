@@ -5,10 +5,19 @@ use std::sync::atomic::AtomicUsize;
 
 use super::*;
 
+const CORES: u32 = 4;
+
+fn limits(jobs: usize, keep_going: bool) -> Limits {
+    let gpus = vec!["0".to_owned(), "1".to_owned()];
+    Limits { jobs, keep_going, machine: Machine { cpu: CORES, memory_bytes: 100, gpus } }
+}
+
 /// Work whose stages all run, and behave as told.
 #[derive(Default)]
 struct Diary {
+    /// Stages that take every core.
     heavy: BTreeSet<u32>,
+    demand: BTreeMap<u32, Demand>,
     cached: BTreeSet<u32>,
     fail: BTreeSet<u32>,
     /// Stage → the need it finds damaged, and how often.
@@ -25,8 +34,10 @@ impl Work for Diary {
             self.lines.push(format!("cached {}", stage.0));
             return Verdict::Settled;
         }
-        let cost = if self.heavy.contains(&stage.0) { Cost::Heavy } else { Cost::Light };
-        Verdict::Start(stage.0, cost)
+        let heavy = Demand { cpu: CORES, ..Demand::default() };
+        let demand = self.demand.get(&stage.0).copied();
+        let all = self.heavy.contains(&stage.0).then_some(heavy);
+        Verdict::Start(stage.0, demand.or(all).unwrap_or_default())
     }
 
     fn settle(&mut self, stage: StageId, done: Result<u32, String>) -> Settlement {
@@ -65,8 +76,8 @@ fn tasks(needs: &[&[u32]]) -> Vec<(StageId, Vec<StageId>)> {
 }
 
 fn check(mut diary: Diary, needs: &[&[u32]], keep_going: bool, expected: &[&str]) {
-    let limits = Limits { jobs: 1, keep_going };
-    schedule(&tasks(needs), limits, &AtomicBool::new(false), &mut diary, &|job| job);
+    let limits = limits(1, keep_going);
+    schedule(&tasks(needs), limits, &AtomicBool::new(false), &mut diary, &|job, _| job);
     assert_eq!(diary.lines, expected);
 }
 
@@ -90,13 +101,7 @@ fn damaged_need_is_made_again_first() {
     let diary = |times| Diary { cached: [0].into(), damaged: [(1, (0, times))].into(), ..Diary::default() };
     check(diary(1), &[&[], &[0]], false, &["cached 0", "damaged 0", "ran 0", "ran 1"]);
     let mut diary = diary(9);
-    schedule(
-        &tasks(&[&[], &[0]]),
-        Limits { jobs: 1, keep_going: false },
-        &AtomicBool::new(false),
-        &mut diary,
-        &|job| job,
-    );
+    schedule(&tasks(&[&[], &[0]]), limits(1, false), &AtomicBool::new(false), &mut diary, &|job, _| job);
     assert_eq!(diary.lines.last().unwrap(), "gave up 1");
 }
 
@@ -106,7 +111,7 @@ fn heavy_stages_run_one_at_a_time_with_light_ones_beside() {
     let met = Mutex::new(BTreeSet::new());
     let barrier = std::sync::Barrier::new(2);
     let mut diary = Diary { heavy: [0, 1, 2].into(), ..Diary::default() };
-    let run = |job: u32| {
+    let run = |job: u32, _: &[String]| {
         if job <= 2 {
             heavy_most.fetch_max(heavy_now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
         }
@@ -120,7 +125,7 @@ fn heavy_stages_run_one_at_a_time_with_light_ones_beside() {
         met.lock().unwrap().insert(job);
         job
     };
-    let limits = Limits { jobs: 4, keep_going: false };
+    let limits = limits(4, false);
     schedule(&tasks(&[&[], &[], &[], &[]]), limits, &AtomicBool::new(false), &mut diary, &run);
     assert_eq!(heavy_most.load(Ordering::SeqCst), 1);
     assert_eq!(met.into_inner().unwrap().len(), 4);
@@ -129,11 +134,11 @@ fn heavy_stages_run_one_at_a_time_with_light_ones_beside() {
 #[test]
 fn panic_of_a_stage_is_its_failure() {
     let mut diary = Diary::default();
-    let run = |job: u32| {
+    let run = |job: u32, _: &[String]| {
         assert!(job != 1, "row {job} is odd");
         job
     };
-    let limits = Limits { jobs: 2, keep_going: true };
+    let limits = limits(2, true);
     let states = schedule(&tasks(&[&[], &[], &[1]]), limits, &AtomicBool::new(false), &mut diary, &run);
     assert!(diary.lines.contains(&"panic 1: row 1 is odd".to_owned()), "{:?}", diary.lines);
     assert_eq!(states[&StageId(0)], State::Settled);
@@ -145,11 +150,11 @@ fn panic_of_a_stage_is_its_failure() {
 fn cancelled_run_starts_nothing_new() {
     let cancelled = AtomicBool::new(false);
     let mut diary = Diary::default();
-    let run = |job: u32| {
+    let run = |job: u32, _: &[String]| {
         cancelled.store(true, Ordering::Relaxed);
         job
     };
-    let limits = Limits { jobs: 1, keep_going: false };
+    let limits = limits(1, false);
     schedule(&tasks(&[&[], &[0], &[]]), limits, &cancelled, &mut diary, &run);
     assert_eq!(diary.lines, ["ran 0", "skipped 1 None", "skipped 2 None"]);
 }
@@ -159,7 +164,34 @@ fn long_chains_and_wide_fans_settle() {
     let chain: Vec<Vec<u32>> = (0..2000u32).map(|n| n.checked_sub(1).into_iter().collect()).collect();
     let chain: Vec<&[u32]> = chain.iter().map(Vec::as_slice).collect();
     let mut diary = Diary { cached: (0..2000).collect(), ..Diary::default() };
-    let limits = Limits { jobs: 2, keep_going: false };
-    let states = schedule(&tasks(&chain), limits, &AtomicBool::new(false), &mut diary, &|job| job);
+    let limits = limits(2, false);
+    let states = schedule(&tasks(&chain), limits, &AtomicBool::new(false), &mut diary, &|job, _| job);
     assert!(states.values().all(|state| *state == State::Settled));
+}
+
+#[test]
+fn no_more_is_lent_than_there_is_and_gpus_go_by_id() {
+    let demand = |gpu, memory_bytes| Demand { gpu, memory_bytes, cpu: 1 };
+    let lent = Mutex::new(BTreeSet::new());
+    let (memory_now, memory_most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut diary = Diary {
+        demand: (0..12).map(|n| (n, if n % 3 == 2 { demand(0, 60) } else { demand(1, 20) })).collect(),
+        ..Diary::default()
+    };
+    let run = |job: u32, gpus: &[String]| {
+        let memory = if job % 3 == 2 { 60 } else { 20 };
+        memory_most.fetch_max(memory_now.fetch_add(memory, Ordering::SeqCst) + memory, Ordering::SeqCst);
+        assert_eq!(gpus.len(), usize::from(job % 3 != 2));
+        for gpu in gpus {
+            assert!(lent.lock().unwrap().insert(gpu.clone()), "GPU {gpu} is lent twice");
+        }
+        std::thread::yield_now();
+        gpus.iter().for_each(|gpu| assert!(lent.lock().unwrap().remove(gpu)));
+        memory_now.fetch_sub(memory, Ordering::SeqCst);
+        job
+    };
+    let needs: Vec<&[u32]> = vec![&[]; 12];
+    let states = schedule(&tasks(&needs), limits(8, false), &AtomicBool::new(false), &mut diary, &run);
+    assert!(states.values().all(|state| *state == State::Settled), "{:?}", diary.lines);
+    assert!(memory_most.load(Ordering::SeqCst) <= 100);
 }

@@ -91,12 +91,12 @@ impl Store {
     }
 }
 
-fn named_digest(path: &Path) -> Option<Digest> {
+pub(super) fn named_digest(path: &Path) -> Option<Digest> {
     path.file_name()?.to_str()?.parse().ok()
 }
 
-/// All files below `folder` with their sizes, sorted.
-fn files_below(folder: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+/// All files below `folder`, or the file itself, with their sizes, sorted.
+pub(super) fn files_below(folder: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
     let mut files = Vec::new();
     for entry in WalkDir::new(folder).sort_by_file_name() {
         let entry = entry.map_err(io::Error::from)?;

@@ -131,3 +131,47 @@ fn thousands_of_stages_in_a_chain_load() {
     }
     assert!(codes("m.yaml", text.as_bytes()).is_empty());
 }
+
+#[test]
+fn a_matrix_that_explodes_is_refused() {
+    let axis =
+        |count: usize| format!("[{}]", (0..count).map(|n| n.to_string()).collect::<Vec<_>>().join(", "));
+    let stage = |matrix: &str| format!("stages: {{ r: {{ uses: report, matrix: {{ {matrix} }} }} }}\n");
+    let many: Vec<String> = (0..9).map(|n| format!("a{n}: {}", axis(100))).collect();
+    assert_eq!(codes("m.yaml", stage(&many.join(", ")).as_bytes()), ["manifest::matrix"]);
+    let wide: Vec<String> = (0..50_000).map(|n| format!("a{n}: [1]")).collect();
+    assert_eq!(codes("m.yaml", stage(&wide.join(", ")).as_bytes()), ["manifest::matrix"]);
+    let long = format!("a: [\"{}\", x], b: {}", "x".repeat(1_000_000), axis(10_000));
+    assert_eq!(codes("m.yaml", stage(&long).as_bytes()), ["manifest::matrix"]);
+    let all: String =
+        (0..200).map(|n| format!("  r{n}: {{ uses: report, matrix: {{ a: {} }} }}\n", axis(1000))).collect();
+    assert!(codes("m.yaml", format!("stages:\n{all}").as_bytes()).contains(&"manifest::matrix"));
+}
+
+#[test]
+fn a_sweep_that_explodes_is_refused() {
+    let sweep = |sweep: &str| {
+        format!(
+            "params: {{ a: 1 }}\nstages: {{ r: {{ uses: report }} }}\nsweep: {{ {sweep}, objective: r.x }}\n"
+        )
+    };
+    let axis: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    let many: Vec<String> = (0..30).map(|n| format!("a{n}: [{}]", axis.join(", "))).collect();
+    assert_eq!(
+        codes("m.yaml", sweep(&format!("matrix: {{ {} }}", many.join(", "))).as_bytes()),
+        ["manifest::sweep"]
+    );
+    let wide: Vec<String> = (0..50_000).map(|n| format!("a{n}: [1]")).collect();
+    let random = format!("random: {{ trials: 10000, params: {{ {} }} }}", wide.join(", "));
+    assert_eq!(codes("m.yaml", sweep(&random).as_bytes()), ["manifest::sweep"]);
+    assert!(
+        !codes("m.yaml", sweep("random: { trials: 4000000000, params: { a: [1] } }").as_bytes()).is_empty()
+    );
+    assert!(
+        !codes("m.yaml", sweep("random: { trials: 2, params: { a: { low: 2, high: 1 } } }").as_bytes())
+            .is_empty()
+    );
+    assert!(!codes("m.yaml", sweep("list: []").as_bytes()).is_empty());
+    let halving = "matrix: { a: [1, 2] }, halving: { param: a, min: 1, max: 9223372036854775807, factor: 2 }";
+    assert!(codes("m.yaml", sweep(halving).as_bytes()).is_empty(), "sixty-four rounds are many, and few");
+}

@@ -44,16 +44,16 @@ fn an_unknown_word_is_told_with_a_suggestion() {
     check(
         "sweep: { matrix: { rank: [8] } }\nstages: { r: { uses: report } }\n",
         &expect![[r#"
-        manifest::unknown_key
+            manifest::missing_key
 
-          x unknown key `sweep`
-           ,-[m.yaml:1:1]
-         1 | sweep: { matrix: { rank: [8] } }
-           : ^^^^^
-           `----
-          help: there are `name`, `description`, `params`, `profiles`, `include`, `stages`
+              x `objective` is missing
+               ,-[m.yaml:1:1]
+             1 | sweep: { matrix: { rank: [8] } }
+               : ^^^^^
+               `----
+              help: it is a text: The metric that is compared, `stage.metric`: `answers.tuned.accuracy`
 
-    "#]],
+        "#]],
     );
 }
 
