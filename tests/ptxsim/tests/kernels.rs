@@ -21,12 +21,12 @@ mod kernels {
     mod norm;
     mod optimizer;
     mod orders;
+    mod resources;
     mod rope;
     mod rows;
     mod scan;
     mod scan_case;
     mod scan_chunks;
-    mod resources;
     mod shared;
     mod spans;
 }
