@@ -29,6 +29,8 @@ mod spans;
 
 pub use compute::{BackendError, BackendKind, Compute};
 pub use cpu::{Cpu, NoSuchSet, check_instruction_set, instruction_sets};
+#[cfg(test)]
+pub(crate) use cuda::simulator::Simulator;
 pub use cuda::{
     CudaError, DeviceError, DeviceMatrix, Gpu, NvrtcError, Toolkit, cuda_version, keep_kernels_in,
 };
@@ -176,6 +178,15 @@ pub struct ScanGradient<'a> {
     pub drate: Option<&'a mut Buffer>,
 }
 
+/// The memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// What nobody uses.
+    pub free: u64,
+    /// What this backend took at most.
+    pub peak: u64,
+}
+
 /// The largest shapes that a backend computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -202,6 +213,11 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Why what was asked of this backend lately was not done, if it was not: the results are then useless.
     fn failure(&self) -> Option<DeviceError> {
+        None
+    }
+
+    /// The memory of the device, where this backend computes on one.
+    fn device_memory(&self) -> Option<DeviceMemory> {
         None
     }
 

@@ -179,6 +179,11 @@ impl Model {
         })
     }
 
+    /// The memory of the device that computes, where there is one.
+    pub fn device_memory(&self) -> Option<crate::backend::DeviceMemory> {
+        self.backend.device_memory()
+    }
+
     /// Threads that compute.
     pub(crate) fn threads(&self) -> usize {
         match self.backend.kind() {

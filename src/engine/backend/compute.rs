@@ -65,6 +65,15 @@ impl Compute {
         Self { kind: BackendKind::Cuda, threads: 0, device }
     }
 
+    /// The device of tests: the interpreter of PTX, or a GPU where `TUNESMITH_TEST_GPU` is set.
+    #[cfg(test)]
+    pub(crate) fn test_device() -> Self {
+        match std::env::var_os("TUNESMITH_TEST_GPU") {
+            Some(_) => Self::cuda(0),
+            None => Self { kind: BackendKind::Simulated, threads: 1, device: 0 },
+        }
+    }
+
     /// The backend this describes.
     ///
     /// # Errors

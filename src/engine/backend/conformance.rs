@@ -8,8 +8,8 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::{
-    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Compute,
-    Cpu, LogitMap, Lora, LoraGradient, Reference, RopeTable, Rotation, Span, Write,
+    Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, Buffer, Compute, Cpu, LogitMap,
+    Lora, LoraGradient, Reference, RopeTable, Rotation, Span, Write,
 };
 use crate::matrix::{Bytes, Matrix, Values};
 use crate::quant::Nf4;
@@ -55,17 +55,14 @@ fn check(what: &str, tolerance: f32, operation: impl Fn(&dyn Backend) -> Vec<Buf
 fn check_on_device(what: &str, operation: impl Fn(&dyn Backend) -> Vec<Buffer>) {
     ROUNDED.set(true);
     let expected = operation(&Reference::EXACT);
-    let once = operation(&*simulated());
+    let once = operation(&*device());
     close(&format!("{what}, device"), (DEVICE_TOLERANCE, DEVICE_FLOOR), &once, &expected);
-    assert!(
-        bits(&once) == bits(&operation(&*simulated())),
-        "{what}: a device gives other bits the second time"
-    );
+    assert!(bits(&once) == bits(&operation(&*device())), "{what}: a device gives other bits the second time");
     ROUNDED.set(false);
 }
 
-fn simulated() -> Arc<dyn Backend> {
-    Compute { kind: BackendKind::Simulated, ..Compute::cpu(1) }.backend().unwrap()
+fn device() -> Arc<dyn Backend> {
+    Compute::test_device().backend().unwrap()
 }
 
 /// Runs `operation`, which gives its outputs, on the reference and, for every instruction set of this CPU, on

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use super::{
     Activation, AttentionGradient, AttentionSaved, AttentionShape, Backend, BackendKind, Buffer, Carry,
-    Convolution, Dropped, Limits, LogitMap, Lora, LoraGradient, Precision, RopeTable, Rotation, Scan,
-    ScanGradient, ScanInput, Write,
+    Convolution, DeviceMemory, Dropped, Limits, LogitMap, Lora, LoraGradient, Precision, RopeTable, Rotation,
+    Scan, ScanGradient, ScanInput, Write,
 };
 use crate::matrix::{Matrix, Values};
 use crate::random::mix;
@@ -146,6 +146,10 @@ impl Backend for Cuda {
 
     fn failure(&self) -> Option<DeviceError> {
         self.device.failure()
+    }
+
+    fn device_memory(&self) -> Option<DeviceMemory> {
+        Some(DeviceMemory { free: self.device.free_bytes(), peak: self.device.usage().peak() })
     }
 
     fn limits(&self) -> Option<Limits> {

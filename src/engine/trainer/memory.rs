@@ -19,6 +19,9 @@ use super::options::{TrainError, TrainOptions};
 const LOGITS_MAX: usize = 12 << 20;
 /// Fewest rows whose logits stand in memory at once.
 const LOGIT_ROWS_MIN: usize = 16;
+/// The same two on a device.
+const DEVICE_LOGITS_MAX: usize = 1 << 26;
+const DEVICE_LOGIT_ROWS_MIN: usize = 128;
 /// What a thread works with: a decoded block of weights and the packed operands of a product.
 const THREAD_BYTES: u64 = 2 << 20;
 
@@ -76,9 +79,28 @@ struct Subject<'a> {
     linears: Vec<LinearName>,
     /// Bytes of all weight matrices.
     weights: u64,
-    threads: usize,
-    /// What is in memory beside the weights before the run.
-    program: u64,
+    /// Values of the largest weight.
+    largest: u64,
+    place: Place,
+}
+
+/// Where a run's memory is.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// In the process, beside what is there before the run.
+    Host { threads: usize, program: u64 },
+    /// On a device with so much free; AdamW and the adapter's own values stay with the host.
+    Device { free: u64 },
+}
+
+impl Place {
+    /// Bytes of an activation.
+    fn value(self) -> u64 {
+        match self {
+            Self::Host { .. } => 4,
+            Self::Device { .. } => 2,
+        }
+    }
 }
 
 /// Plans a run on `model` whose largest training pass has `pass_tokens` and whose largest evaluation `eval_tokens`;
@@ -97,8 +119,14 @@ pub(super) fn plan(
         config: model.config(),
         linears: model.linear_names(),
         weights,
-        threads: model.threads(),
-        program: memory_before(mapped).saturating_sub(weights - mapped),
+        largest: largest(&model.linear_names()),
+        place: match model.device_memory() {
+            Some(memory) => Place::Device { free: memory.free },
+            None => {
+                let program = memory_before(mapped).saturating_sub(weights - mapped);
+                Place::Host { threads: model.threads(), program }
+            }
+        },
     };
     subject.plan(adapter, optimizer_bytes, passes, supervised, options)
 }
@@ -116,11 +144,12 @@ impl MemoryPlan {
         pass_tokens: usize,
         options: &TrainOptions,
     ) -> Result<Self, TrainError> {
-        let program = memory_before(0);
+        let place = Place::Host { threads, program: memory_before(0) };
         let linears = linears(config)?;
+        let largest = largest(&linears);
         let adapter = Adapter::for_linears(linears.clone(), &options.lora)?;
         let optimizer = AdamW::new(options.adamw, adapter.parameters().map(|(_, values)| values.len()));
-        let subject = Subject { config, linears, weights, threads, program };
+        let subject = Subject { config, linears, weights, largest, place };
         subject.plan(&adapter, optimizer.state_bytes(), (pass_tokens, pass_tokens), 0.5, options)
     }
 }
@@ -136,27 +165,47 @@ impl Subject<'_> {
     ) -> Result<MemoryPlan, TrainError> {
         let (c, vocabulary) = (self.config.hidden_size as u64, self.config.vocab_size);
         let layers = self.widths(adapter, options);
-        let bytes = |values: u64| 4 * values * pass_tokens as u64;
+        let bytes = |values: u64| self.place.value() * values * pass_tokens as u64;
         let adapter_bytes = 4 * adapter.parameter_count() as u64;
         let head = |tokens: usize| {
             let rows = (tokens as f64 * supervised).ceil() as usize;
-            let logits = rows.min((LOGITS_MAX / vocabulary).max(LOGIT_ROWS_MIN)) * vocabulary;
-            4 * (4 * c * rows as u64 + logits as u64)
+            // A device has logits in f32 and their gradients beside them.
+            let (most, fewest, logit) = match self.place {
+                Place::Host { .. } => (LOGITS_MAX, LOGIT_ROWS_MIN, 4),
+                Place::Device { .. } => (DEVICE_LOGITS_MAX, DEVICE_LOGIT_ROWS_MIN, 6),
+            };
+            let logits = rows.min((most / vocabulary).max(fewest)) * vocabulary;
+            self.place.value() * 4 * c * rows as u64 + logit * logits as u64
         };
         let work = layers.iter().map(|layer| layer.work as u64).max().unwrap_or(0);
         // An evaluation keeps one layer; its passes may be larger than those of small steps.
         let one = layers.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
-        let evaluation = 4 * (5 * c + work + one) * eval_tokens as u64 + head(eval_tokens);
+        let evaluation = self.place.value() * (5 * c + work + one) * eval_tokens as u64 + head(eval_tokens);
         let mut plan = MemoryPlan {
             weights: self.weights,
-            adapter: adapter_bytes * if options.keep == super::Keep::Best { 2 } else { 1 },
+            adapter: match self.place {
+                Place::Host { .. } if options.keep == super::Keep::Best => 2 * adapter_bytes,
+                Place::Host { .. } => adapter_bytes,
+                Place::Device { .. } => adapter_bytes / 2,
+            },
             gradients: adapter_bytes,
-            optimizer: optimizer_bytes as u64,
+            optimizer: match self.place {
+                Place::Host { .. } => optimizer_bytes as u64,
+                Place::Device { .. } => 0,
+            },
             head: head(pass_tokens),
-            program: self.program,
+            program: match self.place {
+                Place::Host { program, .. } => program,
+                Place::Device { .. } => 0,
+            },
             pass_tokens,
             layers: layers.len(),
             ..MemoryPlan::default()
+        };
+        let budget = match self.place {
+            Place::Host { .. } => options.memory_budget,
+            // The weights are there already.
+            Place::Device { free } => Some(options.memory_budget.unwrap_or(free + self.weights)),
         };
         // The lowest layers are recomputed: which ones makes no difference to the peak.
         for recomputed in 0..=layers.len() {
@@ -164,15 +213,19 @@ impl Subject<'_> {
             let at_work = twice.iter().map(|layer| layer.kept as u64).max().unwrap_or(0);
             let kept: u64 = once.iter().map(|layer| layer.kept as u64).sum();
             plan.activations = bytes(kept + at_work + c * layers.len() as u64);
-            let threads = THREAD_BYTES * self.threads as u64;
+            let own = match self.place {
+                Place::Host { threads, .. } => THREAD_BYTES * threads as u64,
+                // The weight that was decoded last.
+                Place::Device { .. } => 2 * self.largest,
+            };
             let work = bytes(4 * c + work);
-            plan.buffers = threads + work.max(evaluation.saturating_sub(plan.activations + plan.head));
+            plan.buffers = own + work.max(evaluation.saturating_sub(plan.activations + plan.head));
             plan.recomputed_layers = recomputed;
-            if options.memory_budget.is_none_or(|budget| plan.total() <= budget) {
+            if budget.is_none_or(|budget| plan.total() <= budget) {
                 return Ok(plan);
             }
         }
-        let budget = options.memory_budget.unwrap_or(u64::MAX);
+        let budget = budget.unwrap_or(u64::MAX);
         Err(TrainError::Memory { needed: plan.total(), budget, pass_tokens })
     }
 
@@ -214,6 +267,11 @@ impl Subject<'_> {
             |(_, width, noise): (String, LayerWidth, usize)| LayerWidth { work: width.work + noise, ..width };
         layers.into_iter().map(width).collect()
     }
+}
+
+/// Values of the largest linear weight.
+fn largest(linears: &[LinearName]) -> u64 {
+    linears.iter().map(|(_, out, input)| (out * input) as u64).max().unwrap_or(0)
 }
 
 /// Bytes as people read them.

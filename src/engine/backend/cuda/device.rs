@@ -3,6 +3,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 
@@ -55,6 +56,32 @@ pub(crate) trait Device: Debug + Send + Sync {
     fn failure(&self) -> Option<DeviceError>;
     /// What tells its results from those of other kinds of device: `sm_90`.
     fn architecture(&self) -> String;
+    /// What buffers take of its memory.
+    fn usage(&self) -> &Usage;
+    /// Bytes that nobody uses.
+    fn free_bytes(&self) -> u64;
+}
+
+/// Bytes that buffers take, now and at most.
+#[derive(Debug, Default)]
+pub(crate) struct Usage {
+    now: AtomicU64,
+    peak: AtomicU64,
+}
+
+impl Usage {
+    pub(super) fn take(&self, bytes: usize) {
+        let now = self.now.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        self.peak.fetch_max(now, Ordering::Relaxed);
+    }
+
+    pub(super) fn give_back(&self, bytes: usize) {
+        self.now.fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
+    }
 }
 
 /// Values in the memory of a device.
@@ -81,6 +108,7 @@ impl DeviceBuffer {
     /// Room for `len` values that nobody has written.
     pub(super) fn new(device: &Arc<dyn Device>, len: usize, precision: Precision) -> Self {
         let capacity = (len * precision.bytes()).max(1);
+        device.usage().take(capacity);
         Self { device: device.clone(), address: device.allocate(capacity), len, capacity, precision }
     }
 
@@ -96,7 +124,9 @@ impl DeviceBuffer {
         if len * self.precision.bytes() > self.capacity {
             // The old memory goes first, for the new may not fit beside it.
             self.device.free(std::mem::take(&mut self.address));
+            self.device.usage().give_back(self.capacity);
             self.capacity = len * self.precision.bytes();
+            self.device.usage().take(self.capacity);
             self.address = self.device.allocate(self.capacity);
         }
         self.len = len;
@@ -162,6 +192,7 @@ impl PartialEq for DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
+        self.device.usage().give_back(self.capacity);
         self.device.free(self.address);
     }
 }

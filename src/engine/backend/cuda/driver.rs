@@ -14,7 +14,7 @@ use cudarc::driver::result::{
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUmemPool_attribute, CUresult};
 use rayon::prelude::*;
 
-use super::device::{Arg, Device, DeviceError, Launch};
+use super::device::{Arg, Device, DeviceError, Launch, Usage};
 use super::found::{CudaError, Gpu, error_words, guarded, initialise, worded};
 use super::nvrtc::Compiler;
 use super::program::{Kept, Program};
@@ -34,6 +34,7 @@ pub(crate) struct Driver {
     kernels: HashMap<&'static str, sys::CUfunction>,
     architecture: String,
     progress: Mutex<Progress>,
+    usage: Usage,
 }
 
 /// How far the device has come.
@@ -79,6 +80,7 @@ impl Driver {
             kernels: HashMap::new(),
             architecture: gpu.architecture(),
             progress: Mutex::default(),
+            usage: Usage::default(),
         };
         driver.bind().map_err(|error| worded("cuCtxSetCurrent", error))?;
         driver.stream = stream::create(stream::StreamKind::NonBlocking)
@@ -318,6 +320,14 @@ impl Device for Driver {
             }
         });
         self.progress().latest = Some(kernel);
+    }
+
+    fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.attempt("cuMemGetInfo", result::mem_get_info).map_or(0, |(free, _)| free as u64)
     }
 
     fn failure(&self) -> Option<DeviceError> {

@@ -66,6 +66,7 @@ pub(crate) struct Constant {
 
 impl Constant {
     pub(super) fn new(device: &Arc<dyn Device>, bytes: &[u8]) -> Self {
+        device.usage().take(bytes.len());
         let address = device.allocate(bytes.len().max(1));
         device.write(address, bytes);
         Self { device: device.clone(), address, len: bytes.len() }
@@ -84,6 +85,7 @@ impl Constant {
 
 impl Drop for Constant {
     fn drop(&mut self) {
+        self.device.usage().give_back(self.len);
         self.device.free(self.address);
     }
 }

@@ -1,12 +1,13 @@
 //! A device for tests where there is none: runs the PTX that NVRTC makes of `kernels/` in the interpreter of
 //! `tests/ptxsim`, which stops at the first access out of bounds, race or value that nobody wrote.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use ptxsim::Module;
 
-use super::device::{Arg, Device, DeviceError, Launch};
+use super::device::{Arg, Device, DeviceError, Launch, Usage};
 use super::nvrtc::{Compiler, LINES};
 use super::program::{PORTABLE_ARCHITECTURE, Program};
 
@@ -14,6 +15,7 @@ use super::program::{PORTABLE_ARCHITECTURE, Program};
 #[derive(Debug)]
 pub(crate) struct Simulator {
     memory: Mutex<Memory>,
+    usage: Usage,
 }
 
 struct Memory {
@@ -53,10 +55,21 @@ fn module(kernel: &str) -> &'static Module {
     module.unwrap_or_else(|| panic!("no file of `kernels/` has `{kernel}`"))
 }
 
+thread_local! {
+    static LATEST: RefCell<Option<Arc<Simulator>>> = const { RefCell::new(None) };
+}
+
 impl Simulator {
     pub(crate) fn new() -> Arc<Self> {
         let memory = Memory { device: ptxsim::Device::new(), failure: None, traffic: Traffic::default() };
-        Arc::new(Self { memory: Mutex::new(memory) })
+        let simulator = Arc::new(Self { memory: Mutex::new(memory), usage: Usage::default() });
+        LATEST.set(Some(simulator.clone()));
+        simulator
+    }
+
+    /// The one that was made last by this thread.
+    pub(crate) fn latest() -> Arc<Self> {
+        LATEST.with_borrow(Clone::clone).expect("a device was made")
     }
 
     /// What happened since the last call.
@@ -127,6 +140,14 @@ impl Device for Simulator {
         if let Err(fault) = memory.device.launch(module, kernel, &size, &args) {
             panic!("`{kernel}` {launch:?}: {fault}");
         }
+    }
+
+    fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
+    fn free_bytes(&self) -> u64 {
+        1 << 30
     }
 
     fn failure(&self) -> Option<DeviceError> {

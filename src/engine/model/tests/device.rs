@@ -3,9 +3,6 @@
 
 use super::golden::{adapter, errors, gradients, pack};
 use super::*;
-use crate::backend::BackendKind;
-
-const DEVICE: Compute = Compute { kind: BackendKind::Simulated, threads: 1, device: 0 };
 
 /// How far PyTorch is off in bfloat16.
 fn naive(family: &str, what: &str) -> f64 {
@@ -16,7 +13,7 @@ fn naive(family: &str, what: &str) -> f64 {
 
 /// Logits, hidden states and the gradients of every pair.
 fn check_family(family: &str) {
-    for (what, got) in errors(family, &DEVICE) {
+    for (what, got) in errors(family, &Compute::test_device()) {
         let naive = naive(family, what);
         assert!(got <= 2.0 * naive, "{family}: {what} are off by {got}, PyTorch in bfloat16 by {naive}");
     }
@@ -44,7 +41,7 @@ fn other_families_err_at_most_twice_as_far_as_pytorch_in_bfloat16() {
 #[test]
 fn cached_decoding_is_that_of_the_whole_sequence() {
     for family in ["llama", "granitemoehybrid"] {
-        let (model, mut workspace) = (model(family, &DEVICE), Workspace::default());
+        let (model, mut workspace) = (model(family, &Compute::test_device()), Workspace::default());
         let tokens = &pack().tokens[..12];
         let all: Vec<usize> = (0..12).collect();
         let whole = Pack::new(&[(tokens, &[true; 12])]);
@@ -67,7 +64,7 @@ fn cached_decoding_is_that_of_the_whole_sequence() {
 #[test]
 fn gradients_repeat_bit_for_bit() {
     let run = || {
-        let model = model("granitemoehybrid", &DEVICE);
+        let model = model("granitemoehybrid", &Compute::test_device());
         let (loss, gradients) = gradients(&model, &adapter("granitemoehybrid", &model, false));
         let bits: Vec<u32> =
             gradients.tensors().flat_map(|(_, values)| values.to_vec()).map(f32::to_bits).collect();

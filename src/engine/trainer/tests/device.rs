@@ -1,10 +1,10 @@
 //! The same trainer on a device, in the interpreter of PTX.
 
 use super::*;
+use crate::backend::Simulator;
 
 fn on_device() -> Model {
-    let device = Compute { kind: BackendKind::Simulated, threads: 1, device: 0 };
-    Model::open(&golden("llama"), &device).unwrap()
+    Model::open(&golden("llama"), &Compute::test_device()).unwrap()
 }
 
 fn few_steps() -> TrainOptions {
@@ -60,4 +60,39 @@ fn recomputed_layers_change_no_bit_on_a_device() {
         gradients.tensors().flat_map(|(_, values)| values.to_vec()).map(f32::to_bits).collect::<Vec<u32>>()
     };
     assert!(run(0) == run(2));
+}
+
+/// Between the adapter's arrival and the gradients' return, a step reads its losses and one flag for each check that values
+/// are finite, and brings nothing.
+#[test]
+fn a_step_is_no_conversation() {
+    if Compute::test_device().kind == BackendKind::Cuda {
+        return eprintln!("skipped: only the interpreter counts what goes to and fro");
+    }
+    let model = on_device();
+    let device = Simulator::latest();
+    let train = rows(3, 1);
+    let marked: Vec<(&[u32], &[bool])> =
+        train.iter().map(|row| (&row.tokens[..], &row.supervised[..])).collect();
+    let pack = model.pack(&marked);
+    let adapter = Adapter::new(&model, &lora()).unwrap();
+    let (mut gradients, mut workspace) = (Gradients::new(&adapter), Workspace::default());
+    let mut step = || model.loss_and_gradients(&adapter, &pack, 0.1, &mut gradients, &mut workspace).unwrap();
+    step();
+    device.traffic();
+    let supervised = step().supervised;
+    let traffic = device.traffic();
+    let checks = 1 + 2 * model.config().num_hidden_layers();
+    assert_eq!(traffic.bytes_read, 4 * (adapter.parameter_count() + supervised + checks));
+    assert_eq!(traffic.bytes_written, 4 * checks, "only flags are set");
+}
+
+/// The plan for a device holds what its buffers take.
+#[test]
+fn plan_for_a_device_is_within_15_percent_of_its_peak() {
+    let (model, train) = (on_device(), rows(16, 1));
+    let options = TrainOptions { epochs: 1, batch: Batch::Rows(16), pack_tokens: 200, ..options() };
+    let report = super::super::train(&model, &train, &[], &options, &mut ()).unwrap().report;
+    let (planned, peak) = (report.plan.memory.total() as f64, model.device_memory().unwrap().peak as f64);
+    assert!((planned / peak - 1.0).abs() < 0.15, "planned {planned}, took {peak}: {:?}", report.plan.memory);
 }
