@@ -179,7 +179,7 @@ fn doctor_says_what_is_missing_and_what_to_do() {
         (&found["device"], &found["cuda"]["driver"], &gpu["architecture"], &gpu["memory_free_bytes"]),
         (&json!("cuda:0"), &json!("13.0"), &json!("sm_120"), &json!(6_u64 << 30))
     );
-    assert!(found["next"].to_string().contains("pip install nvidia-cuda-nvrtc"), "{found}");
+    assert!(found["next"].to_string().contains("pip install -U nvidia-cuda-nvrtc"), "{found}");
 }
 
 /// Where the set-up of the tests has put NVRTC.
@@ -194,14 +194,27 @@ fn nvrtc() -> PathBuf {
     )
 }
 
+fn ran_with_nvrtc(command: &mut Command) -> Value {
+    assert!(nvrtc().exists(), "no `{}`: run `sh tests/ptxsim/fetch-nvrtc.sh`", nvrtc().display());
+    Ran::from(command.env("TUNESMITH_NVRTC", nvrtc()).output().unwrap()).success().json()
+}
+
+#[test]
+fn nvrtc_older_than_the_gpu_is_named_and_the_driver_compiles() {
+    let project = project();
+    let mut command = with_driver(&project, &[("FAKE_CAPABILITY", "990")], &["doctor", "--json"]);
+    let found = ran_with_nvrtc(&mut command);
+    let problem = found["kernels"]["files"][0]["problem"].as_str().unwrap();
+    assert!(problem.starts_with("NVRTC V") && problem.ends_with("cannot compile for sm_990"), "{problem}");
+    assert_eq!((&found["device"], &found["kernels"]["compiled_by"]), (&json!("cuda:0"), &json!("driver")));
+    assert!(found["next"].to_string().contains("pip install -U nvidia-cuda-nvrtc"), "{found}");
+}
+
 #[test]
 fn doctor_compiles_every_kernel_where_nvrtc_is() {
     let project = project();
-    assert!(nvrtc().exists(), "no `{}`: run `sh tests/ptxsim/fetch-nvrtc.sh`", nvrtc().display());
     std::fs::create_dir_all(project.path("cache")).unwrap();
-    let mut command = bare(&project, &["doctor", "--json"]);
-    command.env("TUNESMITH_NVRTC", nvrtc());
-    let found: Value = ran(command).success().json();
+    let found = ran_with_nvrtc(&mut bare(&project, &["doctor", "--json"]));
     assert!(found["nvrtc"]["version"].as_str().unwrap().starts_with('V'), "{found}");
     let files = found["kernels"]["files"].as_array().unwrap();
     assert!(files.len() > 10 && files.iter().all(|file| file["problem"].is_null()), "{found}");

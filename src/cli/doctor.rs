@@ -14,7 +14,7 @@ use super::{print, problems};
 
 /// How to get NVRTC without a toolkit.
 const GET_NVRTC: &str =
-    "`pip install nvidia-cuda-nvrtc`, or name the folder of libnvrtc.so.* with TUNESMITH_NVRTC";
+    "`pip install -U nvidia-cuda-nvrtc`, or name the folder of libnvrtc.so.* with TUNESMITH_NVRTC";
 
 /// Options of `doctor`.
 #[derive(Args)]

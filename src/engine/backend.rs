@@ -14,10 +14,10 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::matrix::Matrix;
 
+mod compute;
 #[cfg(test)]
 mod conformance;
 mod cpu;
@@ -25,7 +25,9 @@ mod cuda;
 mod host;
 mod memory;
 mod reference;
+mod spans;
 
+pub use compute::{BackendError, BackendKind, Compute};
 pub use cpu::{Cpu, NoSuchSet, check_instruction_set, instruction_sets};
 #[cfg(test)]
 pub(crate) use cuda::simulator::Simulator;
@@ -35,107 +37,7 @@ pub use cuda::{
 pub use host::Dropped;
 pub use memory::{Buffer, Precision};
 pub use reference::Reference;
-
-/// Which implementation of [`Backend`] computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BackendKind {
-    /// Plain loops, one thread: the oracle of tests.
-    Reference,
-    /// The fast path on a CPU.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// That in f32, where it would round the factors of products.
-    #[cfg(test)]
-    CpuExact,
-    /// Plain loops that round these factors.
-    #[cfg(test)]
-    Naive,
-    /// [`BackendKind::Cuda`] in the interpreter of PTX.
-    #[cfg(test)]
-    Simulated,
-}
-
-/// Where and how wide to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Compute {
-    /// The implementation.
-    pub kind: BackendKind,
-    /// Threads of the `Cpu` backend; 0 means 1. Changes no result.
-    pub threads: usize,
-    /// Which GPU of the `Cuda` backend, counted from 0.
-    pub device: usize,
-}
-
-/// Why there is no such backend here.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BackendError {
-    #[error(transparent)]
-    InstructionSet(#[from] NoSuchSet),
-    #[error(transparent)]
-    Cuda(#[from] CudaError),
-}
-
-impl BackendError {
-    /// What to do next.
-    pub fn hint(&self) -> &'static str {
-        match self {
-            Self::InstructionSet(_) => "unset `TUNESMITH_CPU`: the fastest set is then taken",
-            Self::Cuda(error) => error.hint(),
-        }
-    }
-}
-
-impl Compute {
-    /// The fast path on a CPU.
-    pub const fn cpu(threads: usize) -> Self {
-        Self { kind: BackendKind::Cpu, threads, device: 0 }
-    }
-
-    /// An NVIDIA GPU.
-    pub const fn cuda(device: usize) -> Self {
-        Self { kind: BackendKind::Cuda, threads: 0, device }
-    }
-
-    /// The device of tests: the interpreter of PTX, or a GPU where `TUNESMITH_TEST_GPU` is set.
-    #[cfg(test)]
-    pub(crate) fn test_device() -> Self {
-        match std::env::var_os("TUNESMITH_TEST_GPU") {
-            Some(_) => Self::cuda(0),
-            None => Self { kind: BackendKind::Simulated, threads: 1, device: 0 },
-        }
-    }
-
-    /// The backend this describes.
-    ///
-    /// # Errors
-    /// `TUNESMITH_CPU` names an instruction set that this CPU lacks, or the GPU cannot be used.
-    pub fn backend(&self) -> Result<Arc<dyn Backend>, BackendError> {
-        Ok(match self.kind {
-            BackendKind::Reference => Arc::new(Reference::EXACT),
-            BackendKind::Cpu => Arc::new(Cpu::new(self.threads)?),
-            BackendKind::Cuda => Arc::new(cuda::Cuda::open(self.device)?),
-            #[cfg(test)]
-            BackendKind::CpuExact => Arc::new(Cpu::exact(self.threads)),
-            #[cfg(test)]
-            BackendKind::Naive => Arc::new(Reference::BF16),
-            #[cfg(test)]
-            BackendKind::Simulated => Arc::new(cuda::Cuda::new(cuda::simulator::Simulator::new())),
-        })
-    }
-
-    /// What [`Backend::numerics`] will say, without making the backend.
-    ///
-    /// # Errors
-    /// As [`Compute::backend`], as far as can be told.
-    pub fn numerics(&self) -> Result<String, BackendError> {
-        Ok(match self.kind {
-            BackendKind::Cpu => cpu::numerics()?,
-            BackendKind::Cuda => cuda::numerics(&Gpu::of(self.device)?.architecture()),
-            _ => self.backend()?.numerics(),
-        })
-    }
-}
+pub use spans::{AttentionShape, Span};
 
 /// Whether an operation replaces its destination or adds to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,76 +86,6 @@ pub struct RopeTable {
     pub cos: Buffer,
     /// sin(position * frequency)
     pub sin: Buffer,
-}
-
-/// Rows of queries and the rows of keys they look back on: first those of `prefix`, then `keys`, of which the
-/// queries are the last positions. Several spans may have the same prefix; its rows' own span has none.
-///
-/// ```text
-/// rows      0 ─ prefix ─ P ─── a ─── A ──── b ──── B
-/// span a    ▒▒▒▒▒▒▒▒▒▒▒▒▒▒ ████████                       ▒ seen by all its queries
-/// span b    ▒▒▒▒▒▒▒▒▒▒▒▒▒▒           ███████████████      █ seen by those not before it
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Span {
-    /// Rows of q, of the output and of its saved log-sum-exp.
-    pub queries: Range<usize>,
-    /// Rows of k and v.
-    pub keys: Range<usize>,
-    /// Rows of k and v that precede `keys`; empty where the sequence stands whole.
-    pub prefix: Range<usize>,
-}
-
-impl Span {
-    /// A sequence that stands whole in `rows`.
-    pub fn whole(rows: Range<usize>) -> Self {
-        Self { queries: rows.clone(), keys: rows, prefix: 0..0 }
-    }
-
-    /// How many keys all queries see together, a window's at most each.
-    pub fn pairs(&self, window: Option<usize>) -> usize {
-        let seen = |query: usize| (self.past() + query + 1).min(window.unwrap_or(usize::MAX));
-        (0..self.queries.len()).map(seen).sum()
-    }
-
-    /// Positions before that of the first query.
-    fn past(&self) -> usize {
-        self.prefix.len() + self.keys.len() - self.queries.len()
-    }
-
-    /// The row of the key at a position.
-    fn key_row(&self, position: usize) -> usize {
-        match position.checked_sub(self.prefix.len()) {
-            None => self.prefix.start + position,
-            Some(own) => self.keys.start + own,
-        }
-    }
-}
-
-/// Heads of an attention operation and the sequences it runs over.
-#[derive(Debug, Clone, Copy)]
-pub struct AttentionShape<'a> {
-    /// H: heads of queries.
-    pub heads: usize,
-    /// Heads of keys and values; divides `heads`.
-    pub kv_heads: usize,
-    /// D
-    pub head_dim: usize,
-    /// Factor of the scores; mostly 1 / sqrt(D).
-    pub scale: f32,
-    /// Scores become `softcap * tanh(score / softcap)` before they are masked.
-    pub softcap: Option<f32>,
-    /// A query sees this many keys at most, itself among them.
-    pub window: Option<usize>,
-    /// One span a sequence; nothing is seen across spans.
-    pub spans: &'a [Span],
-}
-
-impl AttentionShape<'_> {
-    /// The keys that a query sees of which `end` keys are not in its future.
-    fn seen(&self, end: usize) -> Range<usize> {
-        self.window.map_or(0, |window| end.saturating_sub(window))..end
-    }
 }
 
 /// The gate of a gated linear unit.

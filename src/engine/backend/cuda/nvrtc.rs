@@ -178,7 +178,7 @@ impl Compiler {
     /// The machine code of `text` for `architecture`.
     ///
     /// # Errors
-    /// As [`Compiler::ptx`].
+    /// The architecture is unknown, or the source is refused; the message is the compiler's.
     pub(crate) fn cubin(
         &self,
         text: Text<'_>,
