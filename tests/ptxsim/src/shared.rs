@@ -36,11 +36,9 @@ impl Shared {
     pub(crate) fn begin_block(&mut self, length: usize, warps: usize) {
         self.bytes.resize(length, 0);
         self.bytes.fill(0xff);
-        for (list, empty) in [(&mut self.writes, 0), (&mut self.read_clocks, 0), (&mut self.readers, 0)]
-            as [(&mut Vec<u32>, u32); 3]
-        {
+        for list in [&mut self.writes, &mut self.read_clocks, &mut self.readers] {
             list.clear();
-            list.resize(length, empty);
+            list.resize(length, 0);
         }
         self.states.clear();
         self.states.resize(length, 0);
