@@ -182,7 +182,7 @@ fn sectors_and_banks_are_counted() {
         let before = ".shared .align 16 .b8 table[8192];";
         let filled = "mov.u32 %r0, table; mov.u32 %r9, 0;
             $fill: shl.b32 %r8, %r9, 7; mul.lo.u32 %r7, %t, 4; add.u32 %r7, %r7, %r8; add.u32 %r7, %r7, %r0;
-            st.shared.u32 [%r7], %r9; add.u32 %r9, %r9, 1; setp.lt.u32 %p0, %r9, 64; @%p0 bra $fill;";
+            st.shared.u32 [%r7], %r9; add.u32 %r9, %r9, 1; setp.lt.u32 %p0, %r9, 64; @%p0 bra $fill; bar.warp.sync -1;";
         words(&kernel_with(before, &format!("{filled} {lines}")), 1024, 1, 32).unwrap().1
     };
     let dense = counts("st.global.u32 [%at], %t;");
