@@ -24,7 +24,7 @@ pub(crate) const LOCAL_WINDOW: u64 = 0x5800_0000_0000;
 /// The bytes that each window may have.
 pub(crate) const WINDOW_BYTES: u64 = 1 << 32;
 
-/// The size of the 16-byte aligned dynamic shared memory is known only at the launch; it begins after the static one.
+/// Dynamic shared memory begins after the static one, at a multiple of so many bytes at least.
 const DYNAMIC_ALIGN: usize = 16;
 
 /// The constants and variables that all kernels of a module see.
@@ -93,6 +93,7 @@ struct Decoder<'a> {
     labels: Vec<Option<u32>>,
     /// Shared variables of the module that this kernel uses.
     shared: BTreeMap<&'a str, u64>,
+    dynamic_align: usize,
     /// Calls that are being put in place.
     depth: u32,
     line: u32,
@@ -124,6 +125,7 @@ impl<'a> Decoder<'a> {
             opcodes: BTreeMap::new(),
             labels: Vec::new(),
             shared: BTreeMap::new(),
+            dynamic_align: DYNAMIC_ALIGN,
             depth: 0,
             line: 1,
             place: None,
@@ -258,7 +260,7 @@ impl<'a> Decoder<'a> {
                 _ => {}
             }
         }
-        self.kernel.static_shared = self.kernel.static_shared.next_multiple_of(DYNAMIC_ALIGN);
+        self.kernel.static_shared = self.kernel.static_shared.next_multiple_of(self.dynamic_align);
         let dynamic = self.kernel.static_shared as u64;
         for (register, special) in &self.kernel.specials {
             if *special == Special::DynamicShared {
@@ -396,6 +398,7 @@ impl<'a> Decoder<'a> {
         let globals = self.globals;
         let (name, variable) = globals.shared.get_key_value(name)?;
         if variable.unsized_array {
+            self.dynamic_align = self.dynamic_align.max(variable.align);
             return Some(Base::Dynamic);
         }
         let address = match self.shared.get(name) {

@@ -15,8 +15,8 @@ const STATIC_SHARED_MAX: usize = 48 << 10;
 /// Shared memory that a block may have when its kernel opts in (compute capability 9.0).
 const SHARED_MAX: usize = 227 << 10;
 const THREADS_MAX: u64 = 1024;
-/// Warp instructions of a launch, unless the device is told otherwise: some minutes.
-const BUDGET: u64 = 1 << 30;
+/// Warp instructions of a launch, unless the device is told otherwise: about a minute.
+const BUDGET: u64 = 1 << 27;
 
 /// The size of a launch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -238,6 +238,7 @@ impl Machine<'_> {
                 if !gathered(warp, active, mask)? {
                     return Ok(Flow::Park);
                 }
+                self.shared.tick(warp.index);
             }
             Op::Nothing => {}
             Op::Trap => return Err(Mistake::new(FaultKind::Trap, "the kernel gave up")),

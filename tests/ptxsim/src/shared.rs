@@ -4,6 +4,9 @@
 //! waited at it the clocks of all that came. An access is ordered before another if the later warp knows the clock of
 //! the earlier one. So named barriers and barriers of part of the warps are understood too. Reads are remembered for
 //! the latest clock only: with barriers of part of the warps an older read can be forgotten, never invented.
+//!
+//! The lanes of a warp do not run in step either: between them a `__syncwarp` must lie, which ticks their warp's clock.
+//! Only `ldmatrix` reads for all of them at once.
 
 use crate::fault::{FaultKind, Mistake};
 use crate::global::{first_bytes, little_endian};
@@ -14,6 +17,19 @@ const WRITTEN: u8 = 1;
 const PENDING: u8 = 2;
 const ATOMIC: u8 = 4;
 
+/// Several lanes have read the same.
+const MANY: u8 = u8::MAX;
+
+/// The lanes of a warp have read together, as `ldmatrix` does: none goes on before all have.
+pub(crate) const TOGETHER: u8 = u8::MAX - 1;
+
+/// A lane of a warp of the block, or `TOGETHER`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Thread {
+    pub(crate) warp: usize,
+    pub(crate) lane: u8,
+}
+
 /// Warps that a block has at most.
 const WARPS_MAX: usize = 32;
 
@@ -23,9 +39,11 @@ pub(crate) struct Shared {
     states: Vec<u8>,
     /// The clock and the warp of the last write: `clock << 5 | warp`, 0 for none.
     writes: Vec<u32>,
-    /// The clock of the last read, and the warps that read at it.
+    write_lanes: Vec<u8>,
+    /// The clock of the last read, the warps that read at it, and the lane if it was one of one warp.
     read_clocks: Vec<u32>,
     readers: Vec<u32>,
+    read_lanes: Vec<u8>,
     /// What each warp knows of each warp's clock.
     clocks: Vec<[u32; WARPS_MAX]>,
     /// The clock up to which each warp knows all others.
@@ -36,14 +54,14 @@ impl Shared {
     pub(crate) fn begin_block(&mut self, length: usize, warps: usize) {
         self.bytes.resize(length, 0);
         self.bytes.fill(0xff);
-        for (list, empty) in [(&mut self.writes, 0), (&mut self.read_clocks, 0), (&mut self.readers, 0)]
-            as [(&mut Vec<u32>, u32); 3]
-        {
+        for list in [&mut self.writes, &mut self.read_clocks, &mut self.readers] {
             list.clear();
-            list.resize(length, empty);
+            list.resize(length, 0);
         }
-        self.states.clear();
-        self.states.resize(length, 0);
+        for list in [&mut self.states, &mut self.write_lanes, &mut self.read_lanes] {
+            list.clear();
+            list.resize(length, 0);
+        }
         self.clocks.clear();
         self.clocks.extend((0..warps).map(|warp| {
             let mut known = [0; WARPS_MAX];
@@ -74,9 +92,16 @@ impl Shared {
         self.settled[warp] = others.map(|(_, clock)| *clock).min().unwrap_or(u32::MAX >> 5);
     }
 
-    fn is_ordered(&self, stamp: u32, warp: usize) -> bool {
+    /// Whether the last write of a byte is known to be over.
+    fn is_ordered(&self, index: usize, thread: Thread) -> bool {
+        let stamp = self.writes[index];
         let (writer, clock) = ((stamp & 31) as usize, stamp >> 5);
-        writer == warp || clock <= self.clocks[warp][writer]
+        let known = self.clocks[thread.warp][writer];
+        if writer == thread.warp {
+            clock < known || self.write_lanes[index] == thread.lane
+        } else {
+            clock <= known
+        }
     }
 
     fn check_bounds(&self, address: u64, length: usize) -> Result<usize, Mistake> {
@@ -89,7 +114,7 @@ impl Shared {
 
     pub(crate) fn read<const BYTES: usize>(
         &mut self,
-        warp: usize,
+        thread: Thread,
         address: u64,
         is_atomic: bool,
     ) -> Result<[u8; BYTES], Mistake> {
@@ -98,38 +123,42 @@ impl Shared {
         let bytes = *self.bytes[at..].first_chunk().expect("the bounds were checked");
         let unready = |any, state: &u8| any | (state & (WRITTEN | PENDING) != WRITTEN);
         if self.states[range.clone()].iter().fold(false, unready) {
-            return Err(self.not_readable(warp, at, BYTES));
+            return Err(self.not_readable(thread, at, BYTES));
         }
         if is_atomic {
             return Ok(bytes);
         }
-        let settled = self.settled[warp];
+        let settled = self.settled[thread.warp];
         let recent = self.writes[range.clone()].iter().fold(false, |any, stamp| any | (stamp >> 5 > settled));
-        if recent
-            && let Some(stamp) =
-                self.writes[range.clone()].iter().find(|stamp| !self.is_ordered(**stamp, warp))
-        {
-            return Err(race(address, "reads", "wrote", stamp & 31));
+        if recent && let Some(index) = range.clone().find(|index| !self.is_ordered(*index, thread)) {
+            return Err(self.race(index, "reads", "wrote", thread));
         }
-        let (clock, me) = (self.clocks[warp][warp], 1 << warp);
-        let readers = &mut self.readers[range.clone()];
-        for (readers, read_clock) in readers.iter_mut().zip(&mut self.read_clocks[range.clone()]) {
-            *readers = if *read_clock == clock { *readers | me } else { me };
+        let (clock, me) = (self.clocks[thread.warp][thread.warp], 1 << thread.warp);
+        let readers = self.readers[range.clone()].iter_mut().zip(&mut self.read_clocks[range.clone()]);
+        for ((readers, read_clock), lane) in readers.zip(&mut self.read_lanes[range]) {
+            let is_first = *read_clock != clock || *readers == me && *lane == TOGETHER;
+            let is_same = *readers == me && (*lane == thread.lane || thread.lane == TOGETHER);
+            *readers = if *read_clock != clock { me } else { *readers | me };
+            *lane = match () {
+                () if is_first => thread.lane,
+                () if is_same => *lane,
+                () => MANY,
+            };
             *read_clock = clock;
         }
         Ok(bytes)
     }
 
     /// Why bytes that are not all written, or that wait for a copy, cannot be read.
-    fn not_readable(&self, warp: usize, at: usize, length: usize) -> Mistake {
+    fn not_readable(&self, thread: Thread, at: usize, length: usize) -> Mistake {
         let address = at as u64;
         let Some(pending) = (at..at + length).find(|index| self.states[*index] & PENDING != 0) else {
             let detail = format!("reads {length} bytes of shared memory at {at} that nobody has written");
             return Mistake::at(FaultKind::UninitialisedShared, address, detail);
         };
-        let stamp = self.writes[pending];
-        if !self.is_ordered(stamp, warp) {
-            return race(address, "reads", "copies to by `cp.async`", stamp & 31);
+        let is_of_other_warp = (self.writes[pending] & 31) as usize != thread.warp;
+        if is_of_other_warp && !self.is_ordered(pending, thread) {
+            return self.race(pending, "reads", "copies to by `cp.async`", thread);
         }
         let detail = format!("reads shared memory at {at} before its `cp.async` was waited for");
         Mistake::at(FaultKind::PendingCopy, address, detail)
@@ -137,55 +166,56 @@ impl Shared {
 
     pub(crate) fn write<const BYTES: usize>(
         &mut self,
-        warp: usize,
+        thread: Thread,
         address: u64,
         bytes: [u8; BYTES],
         is_atomic: bool,
     ) -> Result<(), Mistake> {
         let at = self.check_bounds(address, BYTES)?;
-        self.check_write(warp, at, BYTES, |shared, index| {
+        self.check_write(thread, at, BYTES, |shared, index| {
             let unchanged = shared.bytes[index] == bytes[index - at] && shared.states[index] & PENDING == 0;
             unchanged || is_atomic && shared.states[index] & ATOMIC != 0
         })?;
         let range = at..at + BYTES;
         self.bytes[range.clone()].copy_from_slice(&bytes);
-        self.mark(warp, range, if is_atomic { WRITTEN | ATOMIC } else { WRITTEN });
+        self.mark(thread, range, if is_atomic { WRITTEN | ATOMIC } else { WRITTEN });
         Ok(())
     }
 
     /// A `cp.async` will write here; until then nobody may read or write.
-    pub(crate) fn reserve(&mut self, warp: usize, address: u64, length: usize) -> Result<(), Mistake> {
+    pub(crate) fn reserve(&mut self, thread: Thread, address: u64, length: usize) -> Result<(), Mistake> {
         let at = self.check_bounds(address, length)?;
-        self.check_write(warp, at, length, |_, _| false)?;
-        self.mark(warp, at..at + length, PENDING);
+        self.check_write(thread, at, length, |_, _| false)?;
+        self.mark(thread, at..at + length, PENDING);
         Ok(())
     }
 
     /// The bytes of a `cp.async` arrive, now that they are waited for.
-    pub(crate) fn deliver(&mut self, warp: usize, address: u64, bytes: &[u8]) {
+    pub(crate) fn deliver(&mut self, thread: Thread, address: u64, bytes: &[u8]) {
         let at = address as usize;
         let range = at..at + bytes.len();
         self.bytes[range.clone()].copy_from_slice(bytes);
-        self.mark(warp, range, WRITTEN);
+        self.mark(thread, range, WRITTEN);
     }
 
-    fn mark(&mut self, warp: usize, range: std::ops::Range<usize>, state: u8) {
-        let stamp = self.clocks[warp][warp] << 5 | warp as u32;
+    fn mark(&mut self, thread: Thread, range: std::ops::Range<usize>, state: u8) {
+        let stamp = self.clocks[thread.warp][thread.warp] << 5 | thread.warp as u32;
         self.writes[range.clone()].fill(stamp);
+        self.write_lanes[range.clone()].fill(thread.lane);
         self.states[range].fill(state);
     }
 
-    /// Faults if another warp wrote or read these bytes and no barrier lies between. `is_harmless` says of a byte that
-    /// the two writes are no race.
+    /// Faults if another thread wrote or read these bytes and no barrier lies between. `is_harmless` says of a byte
+    /// that the two writes are no race.
     #[inline]
     fn check_write(
         &self,
-        warp: usize,
+        thread: Thread,
         at: usize,
         length: usize,
         is_harmless: impl Fn(&Self, usize) -> bool,
     ) -> Result<(), Mistake> {
-        let settled = self.settled[warp];
+        let settled = self.settled[thread.warp];
         let range = at..at + length;
         let written =
             self.writes[range.clone()].iter().fold(false, |any, stamp| any | (stamp >> 5 > settled));
@@ -194,44 +224,63 @@ impl Shared {
             return Ok(());
         }
         for index in range {
-            let stamp = self.writes[index];
-            if !self.is_ordered(stamp, warp) && !is_harmless(self, index) {
-                return Err(race(index as u64, "overwrites", "wrote", stamp & 31));
+            if !self.is_ordered(index, thread) && !is_harmless(self, index) {
+                return Err(self.race(index, "overwrites", "wrote", thread));
             }
-            let clock = self.read_clocks[index];
-            let others = self.readers[index] & !(1 << warp);
-            if clock <= settled || others == 0 {
-                continue;
-            }
-            if let Some(reader) = lanes_of(others).find(|reader| clock > self.clocks[warp][*reader]) {
-                return Err(race(index as u64, "overwrites", "read", reader as u32));
+            if self.read_clocks[index] > settled {
+                self.check_readers(index, thread)?;
             }
         }
         Ok(())
     }
 
+    /// Faults if the last reads of a byte that is to be written are not known to be over.
+    fn check_readers(&self, index: usize, thread: Thread) -> Result<(), Mistake> {
+        let (clock, known) = (self.read_clocks[index], &self.clocks[thread.warp]);
+        let me = 1 << thread.warp;
+        let others = self.readers[index] & !me;
+        if let Some(reader) = lanes_of(others).find(|reader| clock > known[*reader]) {
+            let detail = format!("overwrites shared memory that warp {reader} read, with no barrier between");
+            return Err(Mistake::at(FaultKind::SharedRace, index as u64, detail));
+        }
+        let is_own = self.readers[index] == me && clock == known[thread.warp];
+        if is_own && ![thread.lane, TOGETHER].contains(&self.read_lanes[index]) {
+            let detail =
+                "overwrites shared memory that other lanes of its warp read, with no `__syncwarp` between";
+            return Err(Mistake::at(FaultKind::SharedRace, index as u64, detail));
+        }
+        Ok(())
+    }
+
+    /// A race with the last write of a byte.
+    fn race(&self, index: usize, does: &str, did: &str, thread: Thread) -> Mistake {
+        let writer = self.writes[index] & 31;
+        let (who, missing) = if writer as usize == thread.warp {
+            (format!("lane {} of its warp", self.write_lanes[index]), "`__syncwarp`")
+        } else {
+            (format!("warp {writer}"), "barrier")
+        };
+        let detail = format!("{does} shared memory that {who} {did}, with no {missing} between");
+        Mistake::at(FaultKind::SharedRace, index as u64, detail)
+    }
+
     /// Replaces a value by what `update` makes of it, in one step; the old value.
     pub(crate) fn update<const BYTES: usize>(
         &mut self,
-        warp: usize,
+        thread: Thread,
         address: u64,
         update: impl FnOnce(u64) -> u64,
     ) -> Result<u64, Mistake> {
-        let old = little_endian(&self.read::<BYTES>(warp, address, true)?);
+        let old = little_endian(&self.read::<BYTES>(thread, address, true)?);
         let at = address as usize;
-        let plain = (at..at + BYTES)
-            .find(|index| self.states[*index] & ATOMIC == 0 && !self.is_ordered(self.writes[*index], warp));
+        let is_plain = |index: &usize| self.states[*index] & ATOMIC == 0 && !self.is_ordered(*index, thread);
+        let plain = (at..at + BYTES).find(is_plain);
         if let Some(index) = plain {
-            return Err(race(address, "changes by an atomic", "wrote", self.writes[index] & 31));
+            return Err(self.race(index, "changes by an atomic", "wrote", thread));
         }
-        self.write(warp, address, first_bytes::<BYTES>(update(old)), true)?;
+        self.write(thread, address, first_bytes::<BYTES>(update(old)), true)?;
         Ok(old)
     }
-}
-
-fn race(address: u64, does: &str, did: &str, other: u32) -> Mistake {
-    let detail = format!("{does} shared memory that warp {other} {did}, with no barrier between");
-    Mistake::at(FaultKind::SharedRace, address, detail)
 }
 
 const _: () = assert!(WARPS_MAX == WARP, "a mask of warps has as many bits as one of lanes");

@@ -7,6 +7,7 @@
 use crate::fault::{FaultKind, Mistake};
 use crate::lanes::{Lanes, Mask, WARP, lanes_of};
 use crate::program::{Kernel, Reduction, Special};
+use crate::shared::Thread;
 
 /// Lanes at one place.
 #[derive(Clone, Copy, Debug)]
@@ -132,6 +133,10 @@ impl Warp {
 
     pub(crate) fn has_free_group(&self) -> bool {
         self.groups.iter().any(|group| !group.is_parked)
+    }
+
+    pub(crate) fn thread(&self, lane: usize) -> Thread {
+        Thread { warp: self.index, lane: lane as u8 }
     }
 
     pub(crate) fn register(&self, register: u32) -> &Lanes {

@@ -90,7 +90,7 @@ impl Machine<'_> {
         check_alignment(address, BYTES)?;
         match space {
             Space::Global | Space::Generic => self.global.read(address, is_atomic),
-            Space::Shared => self.shared.read(warp.index, address, is_atomic),
+            Space::Shared => self.shared.read(warp.thread(lane), address, is_atomic),
             Space::Local => warp.local_read(lane, address),
             Space::Constant => constant(self.module.constants(), address),
             Space::Parameter => constant(self.parameters, address),
@@ -126,7 +126,7 @@ impl Machine<'_> {
             }
             let stored = check_alignment(address, BYTES).and_then(|()| match space {
                 Space::Global | Space::Generic => self.global.write(address, value, store.is_atomic),
-                Space::Shared => self.shared.write(warp.index, address, value, store.is_atomic),
+                Space::Shared => self.shared.write(warp.thread(lane), address, value, store.is_atomic),
                 Space::Local => warp.local_write(lane, address, &value),
                 Space::Constant | Space::Parameter => {
                     let detail = "a store to a constant; variables of a module cannot be written here";
@@ -149,8 +149,8 @@ impl Machine<'_> {
             let old = check_alignment(address, atomic.bytes).and_then(|()| match (space, atomic.bytes) {
                 (Space::Global | Space::Generic, 4) => self.global.update::<4>(address, update),
                 (Space::Global | Space::Generic, 8) => self.global.update::<8>(address, update),
-                (Space::Shared, 4) => self.shared.update::<4>(warp.index, address, update),
-                (Space::Shared, 8) => self.shared.update::<8>(warp.index, address, update),
+                (Space::Shared, 4) => self.shared.update::<4>(warp.thread(lane), address, update),
+                (Space::Shared, 8) => self.shared.update::<8>(warp.thread(lane), address, update),
                 (Space::Global | Space::Generic | Space::Shared, bytes) => Err(unknown_width(bytes)),
                 _ => Err(Mistake::at(FaultKind::OutOfBounds, address, "an atomic on memory of one thread")),
             });

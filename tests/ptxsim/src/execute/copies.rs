@@ -5,6 +5,7 @@ use super::access::{Seen, resolve};
 use crate::fault::{FaultKind, Mistake};
 use crate::lanes::{Mask, lanes_of};
 use crate::program::CopyAsync;
+use crate::shared::Thread;
 use crate::syntax::Space;
 use crate::warp::{Copy, Warp};
 
@@ -22,7 +23,7 @@ impl Machine<'_> {
             let (_, to) = resolve(Space::Shared, copy.to.of(to[lane]));
             let (_, from) = resolve(Space::Global, copy.from.of(from[lane]));
             let read = read.map_or(copy.bytes, |read| read[lane] as u32 as usize);
-            let bytes = self.fetch(warp.index, (to, from), copy.bytes, read);
+            let bytes = self.fetch(warp.thread(lane), (to, from), copy.bytes, read);
             let bytes = bytes.map_err(|mistake| mistake.in_lane(lane))?;
             if read > 0 {
                 seen.add(Space::Global, lane, from);
@@ -38,7 +39,7 @@ impl Machine<'_> {
 
     fn fetch(
         &mut self,
-        warp: usize,
+        thread: Thread,
         (to, from): (u64, u64),
         length: usize,
         read: usize,
@@ -59,7 +60,7 @@ impl Machine<'_> {
         if read > 0 {
             self.global.read_into(from, &mut bytes[..read])?;
         }
-        self.shared.reserve(warp, to, length)?;
+        self.shared.reserve(thread, to, length)?;
         Ok(bytes)
     }
 
@@ -73,7 +74,11 @@ impl Machine<'_> {
         warp.copies.retain(|copy| {
             let is_due = active >> copy.lane & 1 == 1 && copy.group + pending < committed[copy.lane];
             if is_due {
-                self.shared.deliver(index, copy.to, &copy.bytes[..copy.length]);
+                self.shared.deliver(
+                    Thread { warp: index, lane: copy.lane as u8 },
+                    copy.to,
+                    &copy.bytes[..copy.length],
+                );
             }
             !is_due
         });

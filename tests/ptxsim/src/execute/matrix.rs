@@ -6,6 +6,7 @@ use crate::fault::{FaultKind, Mistake};
 use crate::lanes::Mask;
 use crate::number::{Format, TF32};
 use crate::program::{Address, Multiply, Register};
+use crate::shared::{TOGETHER, Thread};
 use crate::syntax::Space;
 use crate::warp::Warp;
 
@@ -24,6 +25,7 @@ impl Machine<'_> {
         transposed: bool,
     ) -> Result<(), Mistake> {
         let bases = *warp.register(address.base);
+        let whole = Thread { warp: warp.index, lane: TOGETHER };
         for (matrix, part) in parts.iter().enumerate() {
             let mut values = [[0u16; 8]; ROWS];
             let mut seen = Seen::default();
@@ -34,7 +36,7 @@ impl Machine<'_> {
                     let detail = "a row of a matrix at an address that is no multiple of 16";
                     return Err(Mistake::at(FaultKind::Misaligned, at, detail).in_lane(lane));
                 }
-                let read = self.shared.read::<ROW_BYTES>(warp.index, at, false);
+                let read = self.shared.read::<ROW_BYTES>(whole, at, false);
                 let read = read.map_err(|mistake| mistake.in_lane(lane))?;
                 for (value, bytes) in values.iter_mut().zip(read.chunks_exact(2)) {
                     *value = u16::from_le_bytes([bytes[0], bytes[1]]);

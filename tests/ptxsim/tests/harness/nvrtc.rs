@@ -73,9 +73,7 @@ pub(crate) fn ptx(name: &str, source: &str) -> Result<String, String> {
 fn key(name: &str, source: &str) -> String {
     let compiler = format!("{} of {} bytes", version(), nvrtc().bytes);
     let mut parts = vec![compiler, PORTABLE.join(" "), name.to_owned(), source.to_owned()];
-    let mut headers = super::headers();
-    headers.sort();
-    parts.extend(headers.into_iter().flat_map(|(name, text)| [name, text]));
+    parts.extend(super::included(source).into_iter().flat_map(|(name, text)| [name, text]));
     let digest = |beginning: u64| {
         let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
         bytes.fold(beginning, |digest, byte| (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))

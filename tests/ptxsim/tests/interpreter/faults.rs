@@ -102,9 +102,25 @@ fn warps_race_without_a_barrier() {
 }
 
 #[test]
-fn a_warp_alone_needs_no_barrier() {
-    let lines = "mul.lo.u32 %r0, %t, 4; mov.u32 %r1, box; add.u32 %r1, %r1, %r0; st.shared.u32 [%r1], %t; bar.warp.sync -1; ld.shared.u32 %r3, [box];";
-    assert!(words(&kernel_with(".shared .align 16 .b8 box[1024];", lines), 256, 1, 32).is_ok());
+fn lanes_of_a_warp_wait_for_each_other() {
+    let before = ".shared .align 16 .b8 box[1024];";
+    let address = "mul.lo.u32 %r0, %t, 16; mov.u32 %r9, box; add.u32 %r1, %r9, %r0; xor.b32 %r2, %r1, 16;";
+    let exchange =
+        format!("{address} st.shared.v4.u32 [%r1], {{%t, %t, %t, %t}}; WAIT ld.shared.u32 %r3, [%r2];");
+    faults(&exchange.replace("WAIT ", ""), 32, FaultKind::SharedRace, "ld.shared");
+    let waited = exchange.replace("WAIT", "bar.warp.sync -1;");
+    assert!(words(&kernel_with(before, &waited), 256, 1, 32).is_ok());
+    // Who has read must be waited for too, unless all read at once.
+    let overwritten = format!("{waited} st.shared.u32 [%r1], 77;");
+    let fault = faults(&overwritten, 32, FaultKind::SharedRace, "st.shared.u32 [%r1], 77");
+    assert!(fault.detail.contains("__syncwarp"), "{fault}");
+    let together = waited.replace(
+        "ld.shared.u32 %r3, [%r2];",
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r4, %r5, %r6, %r7}, [%r2];",
+    );
+    assert!(words(&kernel_with(before, &format!("{together} st.shared.u32 [%r1], 77;")), 256, 1, 32).is_ok());
+    // Different values to one place in one instruction.
+    faults("st.shared.u32 [box], %t;", 32, FaultKind::SharedRace, "st.shared");
 }
 
 #[test]

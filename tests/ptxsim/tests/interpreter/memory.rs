@@ -41,7 +41,7 @@ fn narrow_loads_fill_their_register() {
 fn shared_memory_is_seen_by_the_block() {
     let got = words(
         &kernel_with(
-            ".shared .align 4 .b8 table[256]; .extern .shared .align 16 .b8 dynamic[];",
+            ".shared .align 4 .b8 table[256]; .extern .shared .align 64 .b8 dynamic[];",
             ".shared .align 8 .b64 own[4];
              mov.u32 %r0, table; mul.lo.u32 %r1, %t, 4; add.u32 %r2, %r0, %r1;
              st.shared.u32 [%r2], %t;
@@ -61,8 +61,8 @@ fn shared_memory_is_seen_by_the_block() {
     let (got, counts) = got.unwrap();
     let expected: Vec<u32> = (1..64).map(|thread| 63 - thread + 63).collect();
     assert_eq!(got[1..], expected);
-    // `own` stands first, `table` where it was first used; dynamic memory after both.
-    assert_eq!(got[0], 288);
+    // `own` stands first, `table` where it was first used; dynamic memory after both, at its own alignment.
+    assert_eq!(got[0], 320);
     assert_eq!(counts.barriers, 1);
 }
 
@@ -182,7 +182,7 @@ fn sectors_and_banks_are_counted() {
         let before = ".shared .align 16 .b8 table[8192];";
         let filled = "mov.u32 %r0, table; mov.u32 %r9, 0;
             $fill: shl.b32 %r8, %r9, 7; mul.lo.u32 %r7, %t, 4; add.u32 %r7, %r7, %r8; add.u32 %r7, %r7, %r0;
-            st.shared.u32 [%r7], %r9; add.u32 %r9, %r9, 1; setp.lt.u32 %p0, %r9, 64; @%p0 bra $fill;";
+            st.shared.u32 [%r7], %r9; add.u32 %r9, %r9, 1; setp.lt.u32 %p0, %r9, 64; @%p0 bra $fill; bar.warp.sync -1;";
         words(&kernel_with(before, &format!("{filled} {lines}")), 1024, 1, 32).unwrap().1
     };
     let dense = counts("st.global.u32 [%at], %t;");

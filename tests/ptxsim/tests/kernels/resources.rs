@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use crate::harness::{folder, headers, nvrtc_version, resources, source};
+use crate::harness::{folder, included, nvrtc_version, resources, source};
 
 const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"];
 const UPDATE: &str = "UPDATE_EXPECT=1 cargo test -p ptxsim --test kernels resources -- --include-ignored";
@@ -44,7 +44,7 @@ fn slow_the_table_of_resources_is_true_and_nothing_spills() {
     let mut written = format!(
         "# What the kernels take\n\nRegisters of a thread on each architecture, bytes of stack and of static shared \
          memory (the most of them all), as NVRTC {}\nreports them with `--ptxas-options=-v`. Nothing spills. The \
-         number behind a file is the digest of its text and the headers.\nWritten by `{UPDATE}`.\n",
+         number behind a file is the digest of its text and its headers.\nWritten by `{UPDATE}`.\n",
         nvrtc_version()
     );
     let mut spilling = Vec::new();
@@ -116,9 +116,9 @@ fn uses(report: &str) -> BTreeMap<String, Use> {
 }
 
 fn heading(file: &str) -> String {
-    let mut parts = headers();
-    parts.sort();
-    parts.push((file.to_owned(), source(file)));
+    let text = source(file);
+    let mut parts = included(&text);
+    parts.push((file.to_owned(), text));
     // FNV-1a.
     let digest =
         parts.iter().flat_map(|(_, text)| text.bytes()).fold(0xcbf2_9ce4_8422_2325u64, |digest, byte| {
