@@ -27,6 +27,9 @@ const VERSION: u32 = 2;
 const ENVIRONMENT: [&str; 5] = ["PATH", "HOME", "LANG", "LC_ALL", "USER"];
 /// `EX_TEMPFAIL` of sysexits.h: a failure that may pass.
 const TRY_AGAIN: i32 = 75;
+/// A command is looked at after this time, then ever more rarely: many are done at once, some run for hours.
+const PAUSE_MIN: Duration = Duration::from_micros(250);
+const PAUSE_MAX: Duration = Duration::from_millis(16);
 /// Undeclared files that an error names.
 const UNDECLARED_SHOWN_MAX: usize = 5;
 
@@ -278,6 +281,7 @@ fn follow(context: &StageContext<'_>, mut child: Child) -> Result<ExitStatus, St
     std::thread::scope(|scope| {
         scope.spawn(move || stdout.map(|pipe| pass_on(context, pipe)));
         scope.spawn(move || stderr.map(|pipe| pass_on(context, pipe)));
+        let mut pause = PAUSE_MIN;
         loop {
             if let Some(status) = child.try_wait()? {
                 return Ok(status);
@@ -286,7 +290,8 @@ fn follow(context: &StageContext<'_>, mut child: Child) -> Result<ExitStatus, St
                 end_group(&mut child)?;
                 return Err(StageError::cancelled());
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_MAX);
         }
     })
 }
