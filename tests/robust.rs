@@ -158,6 +158,38 @@ fn the_environment_is_an_allow_list() {
 }
 
 #[test]
+fn a_secret_reaches_the_command_and_nothing_else() {
+    let project = manifest(
+        "  a: { uses: exec, with: { run: 'echo \"it is $TOKEN\"; test -n \"$TOKEN\"; echo done > out', secrets: [TOKEN], outputs: [out] } }",
+    );
+    let run = |token: &str| {
+        let mut command = project.command(&["run", "m.yaml", "--json"]);
+        Ran::from(command.env("TOKEN", token).output().unwrap()).success()
+    };
+    run("hunter2").says("a: it is ***");
+    assert_eq!(states(&run("other").json()), ["a=cached"], "its value is in no key");
+    let found = std::process::Command::new("grep")
+        .args(["-r", "hunter2", project.path("cache").to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(found.stdout).unwrap(), "");
+    project.write("m.yaml", project.read("m.yaml").replace("echo done", "echo more"));
+    project.run(&["run", "m.yaml"]).code(1).says("the environment variable `TOKEN` is not set");
+}
+
+#[test]
+fn what_a_command_leaves_running_ends_with_it() {
+    let project = manifest(&format!(
+        "  a: {{ uses: exec, with: {{ run: '(sleep 1; echo late >> $LOG) & echo 1 > out', outputs: [out], {LOG} }} }}"
+    ));
+    let started = Instant::now();
+    run(&project, &[]).success();
+    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(tries(&project), 0);
+}
+
+#[test]
 fn a_signal_stops_the_run_cleanly_and_what_was_done_is_kept() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         let project = manifest(&format!(

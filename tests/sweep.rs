@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::{Project, Ran, stage, states};
+use crate::tiny_model;
 
 /// Fifteen trials behind one slow stage. Every execution leaves a line in `$LOG`.
 const SWEEP: &str = r#"
@@ -220,6 +221,59 @@ fn what_is_wrong_with_a_sweep_is_located() {
         .code(1)
         .says("reported no number `tuned.accuracy`")
         .says("`tuned.score`");
+}
+
+#[test]
+fn trainings_are_swept_over_one_split_and_one_base() {
+    let rows: String = (0..24)
+        .map(|n| {
+            format!(
+                "{{\"prompt\":\"Which river runs through town {n}?\",\"completion\":\"The river {n}.\"}}\n"
+            )
+        })
+        .collect();
+    let project = Project::new()
+        .file(
+            "t.yaml",
+            r#"
+params: { rank: 2, seed: 1, epochs: 1 }
+stages:
+  rows: { uses: load, with: { paths: [rows.jsonl] } }
+  split: { uses: split, needs: rows, with: { validation: 0.2 } }
+  base: { uses: model, with: { source: model } }
+  adapter:
+    uses: train
+    needs: { data: split, base: base }
+    resources: { cpu: 1 }
+    with: { rank: "${params.rank}", seed: "${params.seed}", epochs: "${params.epochs}", batch_examples: 4, stop_probe: warn }
+sweep:
+  matrix: { rank: [2, 4] }
+  objective: adapter.eval_loss
+"#,
+        )
+        .file("rows.jsonl", &rows);
+    tiny_model::write(&project);
+    let report = project.json(&["sweep", "t.yaml", "--seeds", "2", "-j", "2", "--cpus", "2", "--json"]);
+    assert_eq!(report["direction"], "minimize");
+    let points = report["points"].as_array().unwrap();
+    assert_eq!(points.len(), 2);
+    assert!(points.iter().all(|point| point["sd"].as_f64().is_some() && point["seeds"] == 2), "{points:?}");
+    let shown = project.json(&["runs", "show", report["runs"][0].as_str().unwrap(), "--json"]);
+    let mut names: Vec<&str> =
+        shown["stages"].as_array().unwrap().iter().map(|stage| stage["name"].as_str().unwrap()).collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        [
+            "adapter-rank=2,seed=1",
+            "adapter-rank=2,seed=2",
+            "adapter-rank=4,seed=1",
+            "adapter-rank=4,seed=2",
+            "base",
+            "rows",
+            "split"
+        ]
+    );
 }
 
 /// A stage by rank and seed, one after it by rank, and one that collects.

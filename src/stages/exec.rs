@@ -27,6 +27,9 @@ const VERSION: u32 = 2;
 const ENVIRONMENT: [&str; 5] = ["PATH", "HOME", "LANG", "LC_ALL", "USER"];
 /// `EX_TEMPFAIL` of sysexits.h: a failure that may pass.
 const TRY_AGAIN: i32 = 75;
+/// A command is looked at after this time, then ever more rarely: many are done at once, some run for hours.
+const PAUSE_MIN: Duration = Duration::from_micros(250);
+const PAUSE_MAX: Duration = Duration::from_millis(16);
 /// Undeclared files that an error names.
 const UNDECLARED_SHOWN_MAX: usize = 5;
 
@@ -48,6 +51,9 @@ struct Params {
     /// Extra environment variables.
     #[serde(default)]
     env: BTreeMap<String, Variable>,
+    /// Names of variables of the caller that the command sees too. Their values are in no key, record or log.
+    #[serde(default)]
+    secrets: Vec<String>,
     /// One of the outputs: a JSON object whose numbers, texts and booleans become the stage's metrics. Objects inside
     /// it give dotted names.
     metrics: Option<String>,
@@ -72,6 +78,22 @@ impl Variable {
             Self::Number(number) => number.to_string(),
             Self::Bool(value) => value.to_string(),
         }
+    }
+}
+
+/// Names and values of variables that nobody is to read.
+type Secrets = Vec<(String, String)>;
+
+impl Params {
+    fn secrets(&self) -> Result<Secrets, StageError> {
+        let secret = |name: &String| {
+            let value = std::env::var(name).map_err(|_| {
+                StageError::new("exec::secret", format!("the environment variable `{name}` is not set"))
+                    .hint("`secrets` names it; set it for this run")
+            })?;
+            Ok((name.clone(), value))
+        };
+        self.secrets.iter().map(secret).collect()
     }
 }
 
@@ -167,8 +189,9 @@ impl StageKind for Exec {
         let scratch = context.out.parent().unwrap_or(context.out);
         let (folder, temporary) = (tempfile::tempdir_in(scratch)?, tempfile::tempdir_in(scratch)?);
         lay_out(context, folder.path())?;
-        let child = start(context, &params, folder.path(), temporary.path())?;
-        let status = follow(context, child)?;
+        let secrets = params.secrets()?;
+        let child = start(context, &params, &secrets, folder.path(), temporary.path())?;
+        let status = follow(context, &secrets, child)?;
         if !status.success() {
             let ended = match (status.code(), status.signal()) {
                 (Some(code), _) => format!("exit code {code}"),
@@ -238,6 +261,7 @@ fn lay_out(context: &StageContext<'_>, folder: &Path) -> Result<(), StageError> 
 fn start(
     context: &StageContext<'_>,
     params: &Params,
+    secrets: &Secrets,
     folder: &Path,
     temporary: &Path,
 ) -> Result<Child, StageError> {
@@ -251,6 +275,7 @@ fn start(
         .env("TMPDIR", temporary)
         .env("CUDA_VISIBLE_DEVICES", context.gpus.join(","))
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .envs(secrets.iter().map(|(name, value)| (name, value)))
         .envs(params.env.iter().map(|(name, value)| (name, value.text())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -272,44 +297,56 @@ fn start(
 }
 
 /// Passes the command's output on line by line and ends its process group if the run is cancelled.
-fn follow(context: &StageContext<'_>, mut child: Child) -> Result<ExitStatus, StageError> {
+fn follow(context: &StageContext<'_>, secrets: &Secrets, mut child: Child) -> Result<ExitStatus, StageError> {
     let stdout = child.stdout.take();
     let stderr = child.stderr.take();
     std::thread::scope(|scope| {
-        scope.spawn(move || stdout.map(|pipe| pass_on(context, pipe)));
-        scope.spawn(move || stderr.map(|pipe| pass_on(context, pipe)));
+        scope.spawn(move || stdout.map(|pipe| pass_on(context, secrets, pipe)));
+        scope.spawn(move || stderr.map(|pipe| pass_on(context, secrets, pipe)));
+        let mut pause = PAUSE_MIN;
         loop {
             if let Some(status) = child.try_wait()? {
+                // What the command left running would hold its output open, and this stage with it.
+                signal_group(&child, libc::SIGKILL);
                 return Ok(status);
             }
             if context.services.cancelled() {
                 end_group(&mut child)?;
                 return Err(StageError::cancelled());
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_MAX);
         }
     })
 }
 
-fn pass_on(context: &StageContext<'_>, pipe: impl Read) {
+fn pass_on(context: &StageContext<'_>, secrets: &Secrets, pipe: impl Read) {
     for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-        context.info(String::from_utf8_lossy(&line).trim_end());
+        let mut text = String::from_utf8_lossy(&line).trim_end().to_owned();
+        for (_, value) in secrets.iter().filter(|(_, value)| !value.is_empty()) {
+            text = text.replace(value.as_str(), "***");
+        }
+        context.info(&text);
     }
 }
 
 fn end_group(child: &mut Child) -> std::io::Result<()> {
-    let group = -libc::pid_t::try_from(child.id()).expect("a process id fits pid_t");
-    // SAFETY: kill(2) takes plain numbers; the group is the child's own, made by `process_group(0)`.
-    unsafe { libc::kill(group, libc::SIGTERM) };
+    signal_group(child, libc::SIGTERM);
     for _ in 0..100 {
         if child.try_wait()?.is_some() {
-            return Ok(());
+            break;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    // SAFETY: as above.
-    unsafe { libc::kill(group, libc::SIGKILL) };
-    child.wait().map(|_| ())
+    signal_group(child, libc::SIGKILL);
+    child.wait().map(drop)
+}
+
+/// Signals the command and all that it started and that did not leave its group.
+fn signal_group(child: &Child, signal: libc::c_int) {
+    let group = -libc::pid_t::try_from(child.id()).expect("a process id fits pid_t");
+    // SAFETY: kill(2) takes plain numbers; the group is the child's own, made by `process_group(0)`.
+    let _nobody_is_left = unsafe { libc::kill(group, signal) };
 }
 
 /// An error if the command left files beside its outputs: what nobody declares, nobody would find again.

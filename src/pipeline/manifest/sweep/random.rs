@@ -112,7 +112,7 @@ fn drawn(choice: &Choice, unit: f64) -> Option<Json> {
 mod tests {
     use super::*;
 
-    fn random(trials: u32, params: Json) -> Random {
+    fn random(trials: u32, params: &Json) -> Random {
         serde_json::from_value(serde_json::json!({ "trials": trials, "seed": 5, "params": params })).unwrap()
     }
 
@@ -121,14 +121,14 @@ mod tests {
         let params = serde_json::json!({
             "rank": { "low": 1, "high": 4 }, "lr": { "low": 1e-6, "high": 1e-2, "scale": "log" }, "kind": ["a", "b"],
         });
-        let points = random(400, params).draw().unwrap();
+        let points = random(400, &params).draw().unwrap();
         for rank in 1..=4 {
             let count = points.iter().filter(|point| point["rank"] == rank).count();
             assert!((60..140).contains(&count), "rank {rank}: {count} of 400");
         }
         let small = points.iter().filter(|point| point["lr"].as_f64().unwrap() < 1e-4).count();
         assert!((150..250).contains(&small), "half of the magnitudes: {small} of 400");
-        let alone = random(400, serde_json::json!({ "rank": { "low": 1, "high": 4 } })).draw().unwrap();
+        let alone = random(400, &serde_json::json!({ "rank": { "low": 1, "high": 4 } })).draw().unwrap();
         assert!(points.iter().zip(&alone).all(|(point, alone)| point["rank"] == alone["rank"]));
     }
 
@@ -139,7 +139,7 @@ mod tests {
             serde_json::json!({ "a": { "low": 2, "high": 1 } }),
             serde_json::json!({ "a": { "low": 0.0, "high": 1.0, "scale": "log" } }),
         ] {
-            assert_eq!(random(1, wrong).draw(), Err("a"));
+            assert_eq!(random(1, &wrong).draw(), Err("a"));
         }
     }
 }
