@@ -228,6 +228,7 @@ impl Cuda {
         saved: &AttentionSaved<'_>,
         shape: &AttentionShape<'_>,
     ) {
+        let AttentionGradient { dq, dk, dv } = gradient;
         let AttentionSaved { q, k, v, out, logsumexp } = *saved;
         let (dim, heads, t) = (shape.head_dim, shape.heads, dout.len() / (shape.heads * shape.head_dim));
         let kernels = kernels(dim);
@@ -252,7 +253,7 @@ impl Cuda {
 
         let tiles = query_tiles(shape.spans);
         let (spans, list) = (self.spans(shape.spans), self.list(tiles.iter().flatten().copied()));
-        let dq = self.output(gradient.dq, Rounded);
+        let dq = self.output(dq, Rounded);
         let wide_dq = self.room(dq.arg(), lengths[0], dims);
         let args = [&[wide_dq.arg()][..], &from, &[spans.arg(), list.arg()], &map].concat();
         let grid = [tiles.len() as u32, heads as u32, 1];
@@ -262,7 +263,7 @@ impl Cuda {
         let KeyLists { tiles, visits, sums, slots } = key_lists(shape.spans);
         let list = self.list(tiles.iter().flatten().copied());
         let visits = self.list(visits.iter().flatten().copied());
-        let (dk, dv) = (self.output(gradient.dk, Rounded), self.output(gradient.dv, Rounded));
+        let (dk, dv) = (self.output(dk, Rounded), self.output(dv, Rounded));
         let [wide_dk, wide_dv] = [&dk, &dv].map(|values| self.room(values.arg(), lengths[1], dims));
         let partial =
             DeviceBuffer::new(&self.device, (slots * shape.kv_heads * 2 * KEYS * wide).max(1), Exact);

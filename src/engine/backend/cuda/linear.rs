@@ -192,8 +192,9 @@ impl Cuda {
         let args =
             [dh.arg(), int(r), dy.arg(), int(n), b.arg(), Arg::F32(lora.scale), int(t), int(r), int(n)];
         self.start("lora_up_transposed", narrow(t, r), &args);
-        self.add_transposed(gradient.db, (dy.arg(), n), (h.arg(), r), t);
-        self.add_transposed(gradient.da, (dh.arg(), r), (x.arg(), k), t);
+        let LoraGradient { da, db } = gradient;
+        self.add_transposed(db, (dy.arg(), n), (h.arg(), r), t);
+        self.add_transposed(da, (dh.arg(), r), (x.arg(), k), t);
         let Some((dx, write, weight)) = dx else { return };
         let dx = self.output(dx, Rounded);
         match weight {
