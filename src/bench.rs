@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tunesmith_engine::adapter::{Adapter, AdapterError, Gradients, LoraConfig, Targets};
-use tunesmith_engine::backend::{BackendError, BackendKind, Compute, Cpu};
+use tunesmith_engine::backend::{BackendError, BackendKind, Compute, Cpu, DeviceError};
 use tunesmith_engine::base::{self, BaseError, Quantize};
 use tunesmith_engine::model::{Model, ModelError, Pack, Workspace};
 use tunesmith_engine::optimizer::{AdamW, AdamWOptions, clip_factor};
@@ -21,11 +21,22 @@ use tunesmith_engine::tokenizer::{Specials, Tokenizer, TokenizerError};
 
 mod kernels;
 
+mod selftest;
+
 pub(crate) use kernels::{KernelFigure, KernelFigures, Kernels, kernels};
+pub(crate) use selftest::{Checked, SelfTest, selftest};
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BenchError {
+    /// Operations gave other values than plain loops.
+    #[error(
+        "{wrong} of {operations} operations are wrong on this machine; `--device cpu`, or another `TUNESMITH_CPU`, may be right"
+    )]
+    Wrong { wrong: usize, operations: usize },
+    /// The device gave up.
+    #[error(transparent)]
+    Device(DeviceError),
     #[error("model `{}` cannot be used: {source}", path.display())]
     Base { path: PathBuf, source: BaseError },
     #[error(transparent)]
@@ -109,6 +120,9 @@ pub(crate) struct TrainingFigures {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) peak_percent: Option<f64>,
     pub(crate) peak_rss_bytes: u64,
+    /// What its buffers took of a GPU's memory at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) peak_device_bytes: Option<u64>,
     /// Mean loss of each step, warmup too.
     pub(crate) losses: Vec<f64>,
     pub(crate) numerics: String,
@@ -170,6 +184,7 @@ pub(crate) fn train(base: &Base, training: &Training) -> Result<TrainingFigures,
         peak_gflop_s,
         peak_percent: peak_gflop_s.map(|peak| 100.0 * flops / median / (peak * 1e9)),
         peak_rss_bytes: peak_rss_bytes(),
+        peak_device_bytes: model.device_memory().map(|memory| memory.peak),
         losses,
         numerics: model.numerics(),
     })

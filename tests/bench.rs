@@ -86,3 +86,15 @@ fn instruction_set_that_is_not_here_is_named() {
     ran.code(2)
         .says("`TUNESMITH_CPU` asks for `mmx`, which is no instruction set of this CPU; it has `portable`");
 }
+
+#[test]
+fn operations_are_right_on_this_machine() {
+    let project = Project::new();
+    let test: Value =
+        project.json(&["bench", "selftest", "--device", "cpu", "--threads", "2", "--json", "-"]);
+    let operations = test["operations"].as_array().unwrap();
+    assert!(test["ok"] == true && test["numerics"].as_str().unwrap().starts_with("cpu:"));
+    assert!(operations.len() > 20 && operations.iter().all(|operation| operation["ok"] == true));
+    // Plain loops are right, and nothing else is exactly as they are.
+    assert!(operations.iter().any(|operation| operation["error"].as_f64().unwrap() > 0.0));
+}

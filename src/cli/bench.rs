@@ -11,7 +11,8 @@ use super::device::{DeviceArgs, Talk};
 use super::exit_code::Failure;
 use super::{print, problems};
 use crate::bench::{
-    self, Base, BenchError, Generation, GenerationFigures, KernelFigures, Kernels, Training, TrainingFigures,
+    self, Base, BenchError, Checked, Generation, GenerationFigures, KernelFigures, Kernels, SelfTest,
+    Training, TrainingFigures,
 };
 
 /// What to measure.
@@ -23,6 +24,8 @@ pub(super) enum Command {
     Generate(GenerateOptions),
     /// Operations one by one, against what the machine gives at most
     Kernels(KernelOptions),
+    /// Whether every operation is right on this machine, against plain loops
+    Selftest(SelftestOptions),
 }
 
 /// The model, and the machine.
@@ -154,12 +157,22 @@ pub(super) struct KernelOptions {
     rounds: u16,
 }
 
+/// Options of `bench selftest`.
+#[derive(Args)]
+pub(super) struct SelftestOptions {
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
 /// Measures and shows.
 pub(super) fn main(command: &Command) -> Result<(), Failure> {
     let shown = match command {
         Command::Train(options) => train(options),
         Command::Generate(options) => generate(options),
         Command::Kernels(options) => kernels(options),
+        Command::Selftest(options) => selftest(options),
     };
     shown.map_err(|error| {
         let hint = match &error {
@@ -245,6 +258,21 @@ fn kernels(options: &KernelOptions) -> Result<(), BenchError> {
     let (tokens, rounds) = (options.tokens.into(), options.rounds.into());
     let figures = bench::kernels(&Kernels { threads: options.machine.threads(), tokens, rounds })?;
     show(&options.machine, &figures, &kernel_lines(&figures))
+}
+
+fn selftest(options: &SelftestOptions) -> Result<(), BenchError> {
+    let compute = options.device.compute(options.machine.threads(), Talk::On)?;
+    let test = bench::selftest(&compute)?;
+    let SelfTest { numerics, ok, operations } = &test;
+    let line = |operation: &Checked| {
+        let Checked { name, shape, error, allowed, ok, ms } = operation;
+        let verdict = if *ok { "ok" } else { "WRONG" };
+        format!("{verdict:6} {name:14} {shape:46} off by {error:.1e} of {allowed:.1e} {ms:8.2} ms")
+    };
+    let lines: Vec<String> = operations.iter().map(line).collect();
+    show(&options.machine, &test, &format!("{numerics}\n{}", lines.join("\n")))?;
+    let wrong = operations.iter().filter(|operation| !operation.ok).count();
+    if *ok { Ok(()) } else { Err(BenchError::Wrong { wrong, operations: operations.len() }) }
 }
 
 /// A line for the machine and one for each operation.
