@@ -35,6 +35,7 @@ mod toolkit;
 
 pub(crate) use device::DeviceBuffer;
 pub use device::DeviceError;
+pub(super) use found::numerics;
 pub use found::{CudaError, Gpu, cuda_version};
 pub use operand::DeviceMatrix;
 pub use program::keep_kernels_in;
@@ -54,20 +55,7 @@ pub(crate) struct Cuda {
     decoded: Mutex<DeviceBuffer>,
 }
 
-/// The numerics class of devices of an architecture. The number is raised with every change of bits.
-pub(super) fn numerics(architecture: &str) -> String {
-    format!("cuda:{architecture}-bf16.1")
-}
-
 impl Cuda {
-    /// The backend on the GPU `ordinal`.
-    ///
-    /// # Errors
-    /// The GPU cannot be used.
-    pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
-        Ok(Self::new(Arc::new(driver::Driver::open(ordinal)?)))
-    }
-
     pub(crate) fn new(device: Arc<dyn Device>) -> Self {
         let decoded = Mutex::new(DeviceBuffer::new(&device, 0, Rounded));
         Self { device, lists: Mutex::default(), decoded }

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{
     self, DriverError, ctx, device, function, mem_pool, module, primary_ctx, stream,
@@ -14,6 +14,7 @@ use cudarc::driver::result::{
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUmemPool_attribute, CUresult};
 use rayon::prelude::*;
 
+use super::Cuda;
 use super::device::{Arg, Device, DeviceError, Launch, Usage};
 use super::found::{CudaError, Gpu, error_words, guarded, initialise, worded};
 use super::nvrtc::Compiler;
@@ -50,6 +51,16 @@ struct Progress {
 unsafe impl Send for Driver {}
 // SAFETY: as above; what changes on this side is behind a mutex.
 unsafe impl Sync for Driver {}
+
+impl Cuda {
+    /// The backend on the GPU `ordinal`.
+    ///
+    /// # Errors
+    /// The GPU cannot be used.
+    pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
+        Ok(Self::new(Arc::new(Driver::open(ordinal)?)))
+    }
+}
 
 impl Driver {
     /// Opens the GPU `ordinal` and brings the kernels there.

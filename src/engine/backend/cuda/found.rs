@@ -170,6 +170,11 @@ impl Gpu {
     }
 }
 
+/// The numerics class of devices of an architecture. The number is raised with every change of bits.
+pub(in super::super) fn numerics(architecture: &str) -> String {
+    format!("cuda:{architecture}-bf16.1")
+}
+
 /// The CUDA version that the driver is for: 13.0 as (13, 0).
 ///
 /// # Errors
