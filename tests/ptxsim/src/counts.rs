@@ -19,7 +19,9 @@ pub struct Counts {
     pub global_load_bytes: u64,
     /// The 32-byte sectors touched for it, each once a warp instruction.
     pub global_load_sectors: u64,
+    /// Bytes that lanes stored to global memory.
     pub global_store_bytes: u64,
+    /// The 32-byte sectors touched for it, each once a warp instruction.
     pub global_store_sectors: u64,
     /// Warp instructions on shared memory.
     pub shared_accesses: u64,

@@ -57,7 +57,9 @@ impl Arg {
 /// if none was reported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Order {
+    /// First to last.
     Forward,
+    /// Last to first.
     Reverse,
 }
 
@@ -138,6 +140,7 @@ impl Device {
         }
     }
 
+    /// The order of warps and blocks in launches from now on.
     pub fn order(&mut self, order: Order) {
         self.order = order;
     }

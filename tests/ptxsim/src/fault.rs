@@ -51,9 +51,11 @@ pub enum FaultKind {
 /// A mistake and its place. The launch stopped there.
 #[derive(Clone, Debug)]
 pub struct Fault {
+    /// The kind of the mistake.
     pub kind: FaultKind,
     /// What was seen, in words.
     pub detail: Box<str>,
+    /// The kernel's name.
     pub kernel: Box<str>,
     /// The line in the PTX, from 1; 0 if the launch did not begin.
     pub ptx_line: u32,
@@ -64,9 +66,13 @@ pub struct Fault {
     pub source: Option<(Box<str>, u32)>,
     /// The header and the line inside that function.
     pub inlined: Option<(Box<str>, u32)>,
+    /// The block that ran it.
     pub block: [u32; 3],
+    /// The warp in the block.
     pub warp: u32,
+    /// The lane, if it was one.
     pub lane: Option<u32>,
+    /// In the memory that was accessed: global addresses are those of `Device::allocate`, others begin at 0.
     pub address: Option<u64>,
 }
 

@@ -72,7 +72,6 @@ impl Type {
             "16" => 16,
             "32" => 32,
             "64" => 64,
-            "128" if kind == Kind::Bits => 128,
             _ => return None,
         };
         Some(Self { kind, bits, pair: false })

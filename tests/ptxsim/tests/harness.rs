@@ -48,31 +48,6 @@ pub(crate) fn headers() -> Vec<(String, String)> {
     headers.map(|name| (name.clone(), source(&name))).collect()
 }
 
-/// The headers that `source` includes, and those that they do, by name.
-pub(crate) fn included(source: &str) -> Vec<(String, String)> {
-    let mut rest = headers();
-    rest.sort();
-    let mut found: Vec<(String, String)> = Vec::new();
-    loop {
-        let is_included = |(name, _): &(String, String)| {
-            let line = format!("#include \"{name}\"");
-            source.contains(&line) || found.iter().any(|(_, text)| text.contains(&line))
-        };
-        let (new, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_included);
-        if new.is_empty() {
-            return found;
-        }
-        found.extend(new);
-        rest = others;
-    }
-}
-
-/// The assembler's report on a file of `kernels/` for an architecture (`sm_80`): registers, stack, spills, shared memory.
-pub(crate) fn resources(file: &str, architecture: &str) -> String {
-    let report = nvrtc::report(file, &source(file), architecture);
-    report.unwrap_or_else(|log| panic!("NVRTC refuses `{file}` for {architecture}:\n{log}"))
-}
-
 /// The program of a file of `kernels/`, compiled once a test run.
 pub(crate) fn kernels(file: &str) -> &'static Module {
     compile(file, &source(file))
@@ -101,4 +76,29 @@ pub(crate) fn compile(name: &str, source: &str) -> &'static Module {
     let module: &'static Module = Box::leak(Box::new(module));
     modules.lock().expect("no test panics while it holds the map").insert(key, module);
     module
+}
+
+/// The headers that `source` includes, and those that they do, by name.
+pub(crate) fn included(source: &str) -> Vec<(String, String)> {
+    let mut rest = headers();
+    rest.sort();
+    let mut found: Vec<(String, String)> = Vec::new();
+    loop {
+        let is_included = |(name, _): &(String, String)| {
+            let line = format!("#include \"{name}\"");
+            source.contains(&line) || found.iter().any(|(_, text)| text.contains(&line))
+        };
+        let (new, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_included);
+        if new.is_empty() {
+            return found;
+        }
+        found.extend(new);
+        rest = others;
+    }
+}
+
+/// The assembler's report on a file of `kernels/` for an architecture (`sm_80`): registers, stack, spills, shared memory.
+pub(crate) fn resources(file: &str, architecture: &str) -> String {
+    let report = nvrtc::report(file, &source(file), architecture);
+    report.unwrap_or_else(|log| panic!("NVRTC refuses `{file}` for {architecture}:\n{log}"))
 }

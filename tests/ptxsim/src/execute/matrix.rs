@@ -4,7 +4,7 @@ use super::Machine;
 use super::access::{Seen, resolve};
 use crate::fault::{FaultKind, Mistake};
 use crate::lanes::Mask;
-use crate::number::{Format, TF32};
+use crate::number::{BF16, TF32, bf16_value};
 use crate::program::{Address, Multiply, Register};
 use crate::shared::{TOGETHER, Thread};
 use crate::syntax::Space;
@@ -60,14 +60,22 @@ impl Machine<'_> {
     }
 }
 
+/// a (16,K) by rows, at most 16 values each.
+type Left = [[f32; 16]; 16];
+/// b (K,8) by rows.
+type Right = [[f32; 8]; 16];
+
 /// d (16,8) = a (16,K) · b (K,8) + c, products and sums in f32, in the order of K.
 pub(super) fn multiply(warp: &mut Warp, multiply: &Multiply) {
     let Multiply { depth, format, d, a, b, c } = multiply;
-    let rows = left(warp, a, *format);
-    let columns = right(warp, b, *format);
+    let (left, right) = match *format {
+        BF16 => halves(warp, a, b, bf16_value),
+        TF32 => singles(warp, a, b),
+        format => halves(warp, a, b, |bits| format.value(bits.into()) as f32),
+    };
     let mut sums = [[0f32; 8]; 16];
-    for (sums, row) in sums.iter_mut().zip(&rows) {
-        for (a, column) in row.iter().zip(&columns).take(*depth) {
+    for (sums, row) in sums.iter_mut().zip(&left) {
+        for (a, column) in row[..*depth].iter().zip(&right) {
             for (sum, b) in sums.iter_mut().zip(column) {
                 *sum += a * b;
             }
@@ -86,52 +94,40 @@ pub(super) fn multiply(warp: &mut Warp, multiply: &Multiply) {
     }
 }
 
-/// a by rows. A register holds two 16-bit values next to each other in a row, or one tf32; registers go down eight
-/// rows first, then to the next columns.
-fn left(warp: &Warp, a: &[Register], format: Format) -> [[f32; 16]; 16] {
-    let mut rows = [[0.0; 16]; 16];
+/// Factors of 16-bit values. A register holds two of them, next to each other in a row of a or in a column of b. Those
+/// of a go down eight rows first, then to the next columns.
+fn halves(warp: &Warp, a: &[Register], b: &[Register], value: impl Fn(u16) -> f32) -> (Left, Right) {
+    let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
     for (part, register) in a.iter().enumerate() {
         for (lane, bits) in warp.register(*register).iter().enumerate() {
-            let row = lane / 4 + part % 2 * 8;
-            if format == TF32 {
-                rows[row][lane % 4 + part / 2 * 4] = tensor(*bits);
-            } else {
-                let column = lane % 4 * 2 + part / 2 * 8;
-                rows[row][column] = half(*bits, format);
-                rows[row][column + 1] = half(bits >> 16, format);
-            }
+            let (row, column) = (lane / 4 + part % 2 * 8, lane % 4 * 2 + part / 2 * 8);
+            left[row][column] = value(*bits as u16);
+            left[row][column + 1] = value((bits >> 16) as u16);
         }
     }
-    rows
-}
-
-/// b by its rows: the values that one column of a meets.
-fn right(warp: &Warp, b: &[Register], format: Format) -> [[f32; 8]; 16] {
-    let mut rows = [[0.0; 8]; 16];
     for (part, register) in b.iter().enumerate() {
         for (lane, bits) in warp.register(*register).iter().enumerate() {
-            let column = lane / 4;
-            if format == TF32 {
-                rows[lane % 4 + part * 4][column] = tensor(*bits);
-            } else {
-                let row = lane % 4 * 2 + part * 8;
-                rows[row][column] = half(*bits, format);
-                rows[row + 1][column] = half(bits >> 16, format);
-            }
+            let (row, column) = (lane % 4 * 2 + part * 8, lane / 4);
+            right[row][column] = value(*bits as u16);
+            right[row + 1][column] = value((bits >> 16) as u16);
         }
     }
-    rows
+    (left, right)
 }
 
-fn half(bits: u64, format: Format) -> f32 {
-    if format == crate::number::BF16 {
-        crate::number::bf16_value(bits as u16)
-    } else {
-        format.value(bits as u16 as u32) as f32
+/// Factors of tf32, one a register. The tensor cores do not see the low 13 bits.
+fn singles(warp: &Warp, a: &[Register], b: &[Register]) -> (Left, Right) {
+    let value = |bits: u64| f32::from_bits(bits as u32 & !0x1fff);
+    let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
+    for (part, register) in a.iter().enumerate() {
+        for (lane, bits) in warp.register(*register).iter().enumerate() {
+            left[lane / 4 + part % 2 * 8][lane % 4 + part / 2 * 4] = value(*bits);
+        }
     }
-}
-
-/// The tensor cores do not see the low 13 bits.
-fn tensor(bits: u64) -> f32 {
-    f32::from_bits(bits as u32 & !0x1fff)
+    for (part, register) in b.iter().enumerate() {
+        for (lane, bits) in warp.register(*register).iter().enumerate() {
+            right[lane % 4 + part * 4][lane / 4] = value(*bits);
+        }
+    }
+    (left, right)
 }
