@@ -248,19 +248,3 @@ fn a_gpu_is_lent_to_one_of_several_processes() {
     }
     assert_eq!(project.read("log/ran"), "+\n-\n+\n-\n");
 }
-
-#[test]
-fn a_killed_run_leaves_no_command_behind() {
-    let project = manifest(&format!(
-        "  a: {{ uses: exec, with: {{ run: 'echo started >> $LOG; sleep 0.7; echo late >> $LOG; echo a > out', outputs: [out], {LOG} }} }}"
-    ));
-    let mut command = project.command(&["run", "m.yaml"]);
-    let mut child = command.env("LOG", project.path("log/ran")).stderr(Stdio::null()).spawn().unwrap();
-    while tries(&project) == 0 {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    std::thread::sleep(Duration::from_millis(900));
-    assert_eq!(tries(&project), 1, "the command went with the run");
-}

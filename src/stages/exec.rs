@@ -281,16 +281,6 @@ fn start(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
-    // A command outlives a killed run otherwise; other systems than Linux have no such call.
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl(2) takes plain numbers and is async-signal-safe. The thread that starts the command waits
-    // for it, so the signal comes only if this process is killed.
-    unsafe {
-        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        });
-    }
     command
         .spawn()
         .map_err(|error| StageError::new("exec::start", "the shell `sh` cannot be started").caused_by(error))
