@@ -25,3 +25,7 @@ ci:
 # The engine's library tests on an emulated CPU with AVX-512 and AMX (tests/emulated/README.md).
 test-emulated *ARGS:
     bash tests/emulated/run.sh {{ARGS}}
+
+# The tests of the device on a GPU, instead of in the interpreter of PTX.
+test-gpu:
+    if nvidia-smi -L >/dev/null 2>&1; then TUNESMITH_TEST_GPU=1 cargo test --release -p tunesmith-engine --lib -- conformance tests::device; else echo "skipped: no CUDA device"; fi
