@@ -62,6 +62,7 @@ class DeviceMemory(threading.Thread):
 def make(options):
     import torch
     from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
@@ -76,6 +77,10 @@ def make(options):
     model.save_pretrained(options.folder, max_shard_size="4GB")
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(options.folder / "adapter")
+    # A word a token: nobody reads them, but a model's folder has them.
+    words = {f"<{token}>": token for token in range(config.vocab_size)}
+    Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(options.folder / "tokenizer.json"))
+    (options.folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<2>", "bos_token": "<1>"}))
     # Small ids are the likelier, as in a text, so that there is something to learn.
     weights = 1.0 / torch.arange(1, config.vocab_size + 1).float()
     drawn = torch.multinomial(weights, 64 * 8192, True, generator=torch.Generator().manual_seed(7))
