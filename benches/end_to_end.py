@@ -3,7 +3,7 @@
     python end_to_end.py TUNESMITH FOLDER FILE.gguf [--rounds 2]
 
 Ours counts the whole stage: reading, planning, training, evaluations, checkpoints, probes. Theirs counts the loop and
-its evaluations only (see finetune_pytorch.py). Run it from the repository's root.
+its evaluations only (see finetune_pytorch.py).
 """
 
 import argparse
@@ -27,14 +27,15 @@ options = parser.parse_args()
 
 source = str(pathlib.Path(options.folder).resolve() / options.file)
 peer = [sys.executable, str(pathlib.Path(__file__).parent / "finetune_pytorch.py"), options.folder, options.file]
+manifest = pathlib.Path(__file__).resolve().parent.parent / "pipelines" / "exec-assistant.yaml"
 ours, theirs = [], []
 for _ in range(options.rounds):
     with tempfile.TemporaryDirectory() as cache:
-        run = [options.tunesmith, "--cache", cache, "run", "pipelines/exec-assistant.yaml", "adapter", "--json"]
+        run = [options.tunesmith, "--cache", cache, "run", str(manifest), "adapter", "--json"]
         run += ["--set", f"base={source}", "--threads", str(options.threads)]
         done = subprocess.run(run, capture_output=True, text=True)
         if done.returncode != 0:
-            sys.exit(f"tunesmith failed:\n{done.stderr[-2000:]}")
+            sys.exit(f"tunesmith failed:\n{done.stderr[-2000:]}{done.stdout[-2000:]}")
         stages = {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
         ours.append((stages["adapter"]["seconds"], stages["adapter"]["metrics"]))
         environment = dict(os.environ)

@@ -151,30 +151,32 @@ pub(super) fn main(options: &Options, store: &Store) -> Result<(), Failure> {
     options.machine.choose_device(&pipeline, options.quiet, options.json)?;
     let cancel = stop_signals();
     if options.watch {
-        watch::watch(&options.manifest, store, &run, &cancel, || once(options, store, &run, &cancel));
+        watch::watch(&options.manifest, store, &run, &cancel, || {
+            once(options, &options.manifest.load(options.json)?, store, &run, &cancel)
+        });
         return Ok(());
     }
-    let report = once(options, store, &run, &cancel)?;
+    let report = once(options, &pipeline, store, &run, &cancel)?;
     if report.ok { Ok(()) } else { Err(Failure::Run) }
 }
 
 /// Runs the pipeline one time and shows what came of it.
 fn once(
     options: &Options,
+    pipeline: &Pipeline,
     store: &Store,
     run: &RunOptions,
     cancel: &AtomicBool,
 ) -> Result<RunReport, Failure> {
-    let pipeline = options.manifest.load(options.json)?;
-    let lock = options.locked.then(|| hold(&pipeline, store, run, options.json)).transpose()?;
+    let lock = options.locked.then(|| hold(pipeline, store, run, options.json)).transpose()?;
     let progress = Progress::new(options.quiet);
-    let mut report = runner::run(&pipeline, store, run, &progress, cancel)
+    let mut report = runner::run(pipeline, store, run, &progress, cancel)
         .map_err(|error| problems::show_runner(&error, options.json))?;
     if let Some(lock) = lock {
         report.errors.extend(lock.differences(&report));
         report.ok &= report.errors.is_empty();
     } else if options.stages.is_empty() && options.manifest.params.is_empty() {
-        write_lock(&pipeline, &report);
+        write_lock(pipeline, &report);
     }
     if options.json {
         print::json(&report);

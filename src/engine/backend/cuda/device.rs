@@ -14,7 +14,8 @@ use super::super::Precision;
 pub enum DeviceError {
     /// No room left.
     #[error(
-        "the device has no room for {asked} more bytes; lower `pack_tokens` or `rank`, or set `recompute: all`"
+        "the device has no room for {asked} more bytes; lower `pack_tokens`, `max_length` or `rank`, or set `memory_budget_mib` \
+         so that layers are computed twice"
     )]
     OutOfMemory { asked: usize },
     /// A kernel or a call failed.

@@ -62,8 +62,8 @@ fn recomputed_layers_change_no_bit_on_a_device() {
     assert!(run(0) == run(2));
 }
 
-/// Between the adapter's arrival and the gradients' return, a step reads its losses and one flag for each check that values
-/// are finite, and brings nothing.
+/// On a pack whose indices are there, between the adapter's arrival and the gradients' return, a step reads its losses and
+/// one flag for each check that values are finite, and brings nothing.
 #[test]
 fn a_step_is_no_conversation() {
     if Compute::test_device().kind == BackendKind::Cuda {
