@@ -11,7 +11,6 @@ mod kernels {
     mod attention_backward;
     mod conv;
     mod convert;
-    mod embed;
     mod entropy;
     mod gemm;
     mod glu;

@@ -28,7 +28,7 @@ macro_rules! files {
 
 /// Names without `.cu`, and contents.
 static SOURCES: &[(&str, &str)] = files!(".cu":
-    "attention" "attention_backward" "conv" "convert" "embed" "entropy" "gemm" "glu" "lora" "nf4" "noise" "norm"
+    "attention" "attention_backward" "conv" "convert" "entropy" "gemm" "glu" "lora" "nf4" "noise" "norm"
     "optimizer" "rope" "rows" "scan" "scan_chunks" "scan_gradients"
 );
 /// Names without `.cuh`, and contents.
